@@ -1,0 +1,119 @@
+"""python -m pipeline train CONFIG | evaluate RUN | report RUN...   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, load, names_in
+from pipeline.data.errors import DataError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    registries = {name: ", ".join(names_in(f"pipeline.{name}")) for name in ("towers", "selection", "objectives")}
+    known = "\n".join(f"  {name}: {names}" for name, names in registries.items())
+    top = argparse.ArgumentParser(prog="python -m pipeline", description="CLIP pretraining with sample selection.", epilog=f"components by name:\n{known}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a configuration; the same command resumes it", epilog=f"components by name:\n{known}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_argument("config", help="a YAML file, for example configs/pretrain/icons.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example selector.name=random optimizer.lr=5e-4")
+    evaluate = commands.add_parser("evaluate", help="zero-shot, retrieval, linear probe and selection quality of a run")
+    evaluate.add_argument("run", type=Path, help="a run folder")
+    evaluate.add_argument("--data", help="webdataset shards with an index, any fsspec URL; default: evaluation.data of the run")
+    evaluate.add_argument("--classes", help="'seen', 'all', or a file of class names for shards with .cls members")
+    evaluate.add_argument("--templates", help="file of prompts with {}, one a line")
+    evaluate.add_argument("--checkpoint", default="newest", help="newest, best, or a step")
+    report = commands.add_parser("report", help="one HTML page about one or more runs")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run")
+    return top
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains or resumes; 0 when the run is complete or was asked to stop and saved."""
+    from pipeline.distributed.engine import shutdown
+    from pipeline.evaluation.evaluate import write_result
+    from pipeline.run import RunConfig, build
+
+    config = load(RunConfig, args.config, args.overrides)
+    try:
+        trainer, lock = build(config)  # the lock lives as long as this frame
+        complete = trainer.fit()
+        if trainer.engine.comm.rank == 0:
+            p = trainer.progress
+            samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.bad)}
+            write_result(trainer.folder, {"run": trainer.folder.name, "step": p.step, "complete": complete, "samples": samples, "seconds": p.seconds})
+            if not complete:
+                print(f"{trainer.folder}: stopped by {trainer.stop.received or 'another rank'} at step {p.step} of {trainer.steps}, saved; the same command goes on", flush=True)
+        del lock
+    finally:
+        shutdown()
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it."""
+    from pipeline.data.loader import Sources
+    from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
+    from pipeline.run import TrainedRun
+
+    began = time.perf_counter()
+    run = TrainedRun(args.run, args.checkpoint)
+    given = {key: value for key in ("data", "classes", "templates") if (value := getattr(args, key))}
+    if args.data and not args.classes:
+        given["classes"] = "all"
+    config = run.config.evaluation.model_copy(update=given)
+    sources = Sources.open(run.config.data)
+    result: dict[str, Any] = {}
+    if config.data:
+        held = HeldOut.open(config, run.config.data, lambda: set(sources.captions()))
+        result, examples = measure(held, config, run.decoders, run.encode, run.device)
+        (run.folder / "evaluation").mkdir(exist_ok=True)
+        (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
+    if args.data:
+        name = "".join(c if c.isalnum() else "-" for c in args.data).strip("-")
+        (run.folder / "evaluation" / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(json.dumps(result, indent=1))
+        return 0
+    quality = judge_selection(run.folder, sources, [s.url for s in run.config.data.sources], run.config.selector.warmup_visits)
+    facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))
+    done = json.loads((run.folder / "result.json").read_text(encoding="utf-8")) if (run.folder / "result.json").is_file() else {}
+    seconds = done.get("seconds", {}) | {"evaluate": time.perf_counter() - began}
+    described = {"model": {"parameters": facts["parameters"]}, "device": facts["device"], "data": {k: facts[k] for k in ("samples", "lanes", "groups")}}
+    result |= described | {"config": {"selector": run.config.selector.name}, "selection": quality, "seconds": seconds}
+    write_result(run.folder, result)
+    print(json.dumps({key: value for key, value in result.items() if key != "selection"}, indent=1))
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Writes the page and says where."""
+    from pipeline.record.report import write_report
+
+    print(write_report(args.runs, args.out or args.runs[0].parent / "report.html"))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; what a user can mend is one message and exit code 2, not a traceback."""
+    args = parser().parse_args(arguments)
+    try:
+        return {"train": train, "evaluate": evaluate, "report": report}[args.command](args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("pipeline", "tools"):
+            raise
+        print(f"error: {error}. Install the extra that brings it: pip install 'dissect-pipeline[train]'", file=sys.stderr)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if type(error).__name__ not in ("CheckpointError", "NotFinite"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""From a member's bytes to a row of a batch; runs in the loader's workers, seeded by sample and visit."""
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from webdataset.autodecode import imagehandler
+
+from pipeline.data.errors import BadSample
+
+MAX_PIXELS = 64_000_000  # an 8,000 x 8,000 image; a small file that unpacks to more is an attack or a mistake
+MAX_CAPTION_BYTES = 65_536
+
+
+class Decoder(Protocol):
+    """How one field of a batch is made. Raises BadSample for what the bytes decide; anything else is a fault of ours."""
+
+    extensions: tuple[str, ...]  # members that can hold the field, the first one present is taken
+
+    def __call__(self, data: bytes, extension: str, seed: int | None) -> Any:
+        """One sample's item; `seed` drives augmentation, None switches it off."""
+
+    def collate(self, items: Sequence[Any]) -> Tensor:
+        """The field's tensor from items; None stands for a sample that could not be decoded and becomes zeros."""
+
+
+class Resize:
+    """Squashes a PIL image to a square; what small debug towers need of preprocessing, without torchvision."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        return image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
+
+
+class ImageDecoder:
+    """Encoded image -> uint8 [3, H, W]; the tower normalises on the device, which moves a quarter of the bytes.
+
+    `transform` maps a PIL RGB image to one of H x W pixels, `augmentation` (or None) is its random variant for training.
+    """
+
+    extensions = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # not eps and its like: Pillow would start a program for them
+
+    def __init__(self, size: int, transform: Callable, augmentation: Callable | None = None) -> None:
+        self.size = size
+        self.transform = transform
+        self.augmentation = augmentation
+        self._decode = imagehandler("pilrgb", self.extensions)
+
+    def __call__(self, data: bytes, extension: str, seed: int | None) -> np.ndarray:
+        image = self._open(data, extension)
+        if self.augmentation is None or seed is None:
+            image = self.transform(image)
+        else:
+            with _seeded(seed):
+                image = self.augmentation(image)
+        return np.asarray(image, np.uint8)
+
+    def _open(self, data: bytes, extension: str) -> PIL.Image.Image:
+        # Pillow refuses more than twice this; between once and twice it only warns
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+                return self._decode(f".{extension}", data)
+        except PIL.Image.DecompressionBombError as error:
+            raise BadSample("image_too_large", str(error)) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise what they like; in memory only the bytes can be the cause
+            raise BadSample("image", f"{type(error).__name__}: {error}") from None
+
+    def collate(self, items: Sequence[np.ndarray | None]) -> Tensor:
+        """uint8 [b, 3, H, W]."""
+        out = np.zeros((len(items), self.size, self.size, 3), np.uint8)
+        for row, item in enumerate(items):
+            if item is not None:
+                out[row] = item
+        return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+class _seeded:
+    """Python's and torch's generators at `seed` inside, as they were outside: augmentation depends on sample and visit alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.python, self.torch = random.getstate(), torch.get_rng_state()
+        random.seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        random.setstate(self.python)
+        torch.set_rng_state(self.torch)
+
+
+class TextDecoder:
+    """Caption -> int64 token ids [context]. A file of several lines holds several captions; training draws one by the seed."""
+
+    extensions = ("txt",)
+
+    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, data: bytes, extension: str, seed: int | None) -> str:
+        lines = captions(data)
+        return lines[(seed or 0) % len(lines)]
+
+    def collate(self, items: Sequence[str | None]) -> Tensor:
+        """int64 [b, context]; one call for the batch, which is several times faster than one for each caption."""
+        tokens = self.tokenize([item or "" for item in items])
+        return tokens * torch.tensor([item is not None for item in items])[:, None]
+
+
+def captions(data: bytes) -> list[str]:
+    """The captions of a text member, one a line. Raises BadSample when there is none, or what is there is no caption."""
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadSample("text_too_long", f"{len(data)} bytes, at most {MAX_CAPTION_BYTES}")
+    try:
+        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadSample("text_encoding", str(error)) from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise BadSample("text_empty")
+    return lines

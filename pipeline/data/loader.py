@@ -1,0 +1,216 @@
+"""The data module: lanes say which samples, workers fetch whole batches by id, the next batch is on its way while this one is used."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import Strict
+from pipeline.data.cache import ShardCache
+from pipeline.data.decode import Decoder, captions
+from pipeline.data.errors import BadSample, DataError
+from pipeline.data.index import Index
+from pipeline.data.lanes import Layout, RankLanes, Rows, SourceShape
+from pipeline.data.read import Reader
+from pipeline.hashing import hash_ids
+from pipeline.types import Batch
+
+CAPTIONS_FOR_TOKENIZER = 200_000
+CAP_AFTER = 1000  # samples; before that one bad sample would already be past a small cap
+
+
+class SourceConfig(Strict):
+    """One set of shards with its index."""
+
+    url: str = Field(description="folder that holds index.parquet, any fsspec URL")
+    weight: float | None = Field(None, gt=0, description="relative share of the candidates; None: its number of samples")
+
+
+class DataConfig(Strict):
+    """What is read, how it is dealt, and how much of it may be bad."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    batch: int = Field(ge=1, description="candidate rows of one step, all ranks together")
+    lanes: int | None = Field(None, ge=1, description="None: the largest power of two that divides the batch, at most 1,024")
+    groups: int = Field(8, ge=1, description="selection groups; top-k is taken inside each")
+    window: int = Field(4, ge=1, description="shards that are shuffled together")
+    workers: int = Field(2, ge=0, description="loader processes of each rank")
+    prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
+    cache: str | None = Field(None, description="folder for whole remote shards on this node, or 'off' to read them by ranges; None: the user's cache folder")
+    cache_gb: float = Field(50.0, gt=0)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of undecodable samples that stops the run")
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where whole remote shards and memory-mapped indices are kept on this node."""
+    if config.cache and config.cache != "off":
+        return Path(config.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dissect-pipeline"
+
+
+class Sources:
+    """The sources of a run as one range of global sample ids: source i begins where source i - 1 ends."""
+
+    def __init__(self, indices: list[Index], readers: list[Reader], weights: list[float | None]) -> None:
+        self.indices, self.readers = indices, readers
+        self.shapes = [SourceShape(i.shard_start, w if w is not None else float(i.num_samples)) for i, w in zip(indices, weights)]
+        self.bases = np.cumsum([0] + [index.num_samples for index in indices])
+
+    @classmethod
+    def open(cls, config: DataConfig) -> "Sources":
+        """Opens every index and compares every shard with it by size. Raises DataError."""
+        folder = cache_folder(config)
+        indices = [Index.open(source.url, config.cache if config.cache != "off" else None) for source in config.sources]
+        for index in indices:
+            index.check_shards()
+        cache = ShardCache(folder / "shards", int(config.cache_gb * 1e9)) if config.cache != "off" else ShardCache(None, 0)
+        return cls(indices, [Reader(index, cache) for index in indices], [source.weight for source in config.sources])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.bases[-1])
+
+    @property
+    def digest(self) -> str:
+        """One digest for all the indices; a checkpoint made with another is refused."""
+        return "+".join(index.digest for index in self.indices)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Global sample id -> (source, row of its index)."""
+        source = int(np.searchsorted(self.bases, sample, side="right")) - 1
+        return source, sample - int(self.bases[source])
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        """Extension -> bytes of the members that a sample has. Raises BadSample, DataError."""
+        source, row = self.locate(sample)
+        return self.readers[source].read(row)
+
+    def captions(self, limit: int = CAPTIONS_FOR_TOKENIZER) -> Iterator[str]:
+        """Training captions in id order, evenly thinned where there are more than `limit`; undecodable ones are left out."""
+        for sample in range(0, self.num_samples, max(1, -(-self.num_samples // limit))):
+            try:
+                yield from captions(self.members(sample)["txt"])
+            except (BadSample, KeyError):
+                continue  # training counts it, with its cause
+
+
+class Fetch(Dataset):
+    """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer."""
+
+    def __init__(self, sources: Sources, decoders: dict[str, Decoder], seed: int | None) -> None:
+        self.sources, self.decoders, self.seed = sources, decoders, seed
+
+    def __getitem__(self, rows: Rows) -> Batch:
+        items: dict[str, list[Any]] = {name: [] for name in self.decoders}
+        valid, bad = np.ones(len(rows.sample), bool), []
+        seeds = hash_ids(self.seed, rows.sample, rows.visit).tolist() if self.seed is not None else [None] * len(rows.sample)
+        for i, (sample, seed) in enumerate(zip(rows.sample.tolist(), seeds)):
+            try:
+                decoded = self._decode(sample, seed)
+            except BadSample as error:
+                decoded, valid[i] = dict.fromkeys(self.decoders), False
+                bad.append((sample, error.cause))
+            for name, item in decoded.items():
+                items[name].append(item)
+        fields: dict[str, Tensor] = {name: decoder.collate(items[name]) for name, decoder in self.decoders.items()}
+        return Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid)), fields=fields, bad=tuple(bad))
+
+    def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
+        members = self.sources.members(sample)
+        out = {}
+        for name, decoder in self.decoders.items():
+            extension = next((e for e in decoder.extensions if e in members), None)
+            if extension is None:
+                raise BadSample("missing_member", f"{name}: none of {', '.join(decoder.extensions)}")
+            out[name] = decoder(members[extension], extension, seed)
+        return out
+
+
+class _Requests:
+    """The sampler: the rank's rows at one step after the other, without end. Computed in the trainer's process."""
+
+    def __init__(self, lanes: RankLanes, start: int, steps: int) -> None:
+        self.lanes, self.start, self.steps = lanes, start, steps
+
+    def __iter__(self) -> Iterator[Rows]:
+        return (self.lanes.rows(step) for step in range(self.start, self.steps))
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start)
+
+
+def _quiet_worker(_: int) -> None:
+    """A signal to stop is for the trainer, which finishes its step and needs its workers for that."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: bool = False) -> DataLoader:
+    """A torch DataLoader over whole batches; it keeps their order for any number of workers."""
+    more = {"prefetch_factor": prefetch, "worker_init_fn": _quiet_worker} if workers else {}
+    return DataLoader(fetch, batch_size=None, sampler=requests, num_workers=workers, pin_memory=pin, **more)
+
+
+class DataModule:
+    """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic."""
+
+    def __init__(self, config: DataConfig, layout: Layout, rank: int, world_size: int, fetch: Fetch, steps: int, device: torch.device) -> None:
+        self.config, self.fetch, self.steps, self.device = config, fetch, steps, device
+        self.lanes = RankLanes(layout, rank, world_size)
+        self.bad: Counter[str] = Counter()
+        self.offered = 0  # rows of this rank, up to and with the batch last returned
+        self.wait_seconds = 0.0
+        self.step = 0
+        self._iterator: Iterator[Batch] | None = None
+        self._ahead: Batch | None = None
+
+    def next(self) -> Batch:
+        """The batch of the current step, on the device; the one after it starts its way there. Raises DataError past the cap of bad samples."""
+        began = time.perf_counter()
+        if self._iterator is None:
+            requests = _Requests(self.lanes, self.step, self.steps)
+            loader = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
+            self._iterator = iter(loader)
+            self._ahead = self._advance()
+        batch, self._ahead = self._ahead, self._advance()
+        if batch is None:
+            raise StopIteration(f"the data module was made for {self.steps} steps")
+        self.wait_seconds += time.perf_counter() - began
+        self.step += 1
+        self._count(batch)
+        return batch
+
+    def _advance(self) -> Batch | None:
+        batch = next(self._iterator, None)
+        return batch.to(self.device) if batch is not None else None
+
+    def _count(self, batch: Batch) -> None:
+        self.offered += len(batch)
+        self.bad.update(cause for _, cause in batch.bad)
+        total = self.bad.total()
+        if self.offered >= min(CAP_AFTER, self.lanes.num_samples) and total > self.config.max_bad_fraction * self.offered:
+            causes = ", ".join(f"{cause} {count}" for cause, count in self.bad.most_common())
+            last = ", ".join(f"{sample} ({cause})" for sample, cause in batch.bad[:5])
+            raise DataError(
+                f"data: {total} of {self.offered} samples could not be used, more than data.max_bad_fraction {self.config.max_bad_fraction} allows: {causes}. "
+                f"Sample ids of this batch: {last or 'none'}. Look at the shards with tools.check_shards --decode, or raise the cap"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step after the batch last returned, and what was counted so far."""
+        return {"step": self.step, "offered": self.offered, "bad": dict(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at `state["step"]`; the cost does not depend on how far that is."""
+        self.step, self.offered, self.bad = state["step"], state["offered"], Counter(state["bad"])
+        self._iterator = self._ahead = None

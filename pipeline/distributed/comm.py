@@ -1,0 +1,99 @@
+"""The one object that knows of other processes; everything else takes it as an argument."""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm(Protocol):
+    """What the rest of the code may ask of the other ranks. Every method is collective."""
+
+    rank: int
+    size: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n, ...] of each rank -> [size * n, ...], in rank order; its backward sums the gradients that all ranks have for `x`."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, without gradient; a new tensor."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes. Waits for the device."""
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's picklable value, on every rank; for a few small facts at start and at checkpoints."""
+
+
+class LocalComm:
+    """Rank 0 of 1: what one process and unit tests use."""
+
+    rank, size = 0, 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast(self, value: object) -> object:
+        return value
+
+
+class GroupComm:
+    """torch.distributed's default group; it must be initialised."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def gather(self, x: Tensor) -> Tensor:
+        return _Gather.apply(x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        out = x.detach().clone()
+        dist.all_reduce(out)
+        return out
+
+    def any(self, flag: bool) -> bool:
+        vote = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote.item())
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def broadcast(self, value: object) -> object:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather forward, reduce-scatter (sum) backward: each rank's rows receive the gradients of every rank's loss."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        out = grad.new_empty((grad.shape[0] // dist.get_world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous())
+        return out
+
+
+def connect(device: torch.device) -> Comm:
+    """The Comm of this process: the default group where one was initialised, else this process alone."""
+    return GroupComm(device) if dist.is_available() and dist.is_initialized() else LocalComm()

@@ -1,0 +1,34 @@
+"""The loss in plain torch with autograd: the definition, the fallback and the baseline. Stores two B x N matrices (one when square)."""
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.clip import Problem
+
+
+def clip_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], per_sample, cosine, p_row, p_col [B]) of a checked problem. Half-precision rows are widened first: float32 logits."""
+    exact = problem.scale.dtype
+    image, text = problem.image.to(exact), problem.text.to(exact)
+    all_image, all_text = (image, text) if problem.square else (problem.all_image.to(exact), problem.all_text.to(exact))
+    logits = problem.scale * (image @ all_text.T)
+    other = logits.T if problem.square else problem.scale * (text @ all_image.T)
+    row, row_own = _log_sum_and_own(logits, problem)
+    col, col_own = _log_sum_and_own(other, problem)
+    per_sample = (row - row_own + col - col_own) / 2
+    p_row, p_col = (row_own - row).exp(), (col_own - col).exp()
+    cosine = (image.detach() * text.detach()).sum(1)
+    if problem.weight is None:
+        return per_sample.mean(), per_sample, cosine, p_row, p_col
+    removed = problem.weight == 0
+    per_sample, p_row, p_col = (value.masked_fill(removed, 0) for value in (per_sample, p_row, p_col))
+    return (problem.weight * per_sample).mean(), per_sample, cosine, p_row, p_col
+
+
+def _log_sum_and_own(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """log sum_j exp of the columns that count, and the logit of the own pair, both [B]."""
+    own = logits.diagonal(problem.offset)[: logits.shape[0]]
+    if problem.used is not None:
+        # a finite floor and not -inf: a row without any column would have a gradient of NaN
+        logits = logits.masked_fill(~problem.used, torch.finfo(logits.dtype).min / 2)
+    return torch.logsumexp(logits, 1), own

@@ -1,0 +1,163 @@
+"""Scores and choices: the one place of cosine, differential, history update and top-k. No loop over samples, no wait for the device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.hashing import hash_ids
+
+__all__ = ["Scored", "cosine", "score", "top_k", "update_history"]
+
+_NEVER = -(2.0**24)  # below every row number; float32 holds the row numbers of groups up to 2**24 rows exactly
+
+
+class Scored(NamedTuple):
+    """What `score` found out about one group of g rows."""
+
+    rows: Tensor | None  # int64 [keep], ascending; None when `keep` was None
+    differential: Tensor  # float32 [g], history minus current score; the group's median where there was no history
+    current: Tensor  # float32 [g], max(100 cos, 0)
+    history: Tensor  # float32 [g], the history before this visit; means nothing where there was none
+    known: Tensor  # bool [g], whether there was one
+
+
+def cosine(image: Tensor, text: Tensor) -> Tensor:
+    """Row-wise cosine of two feature matrices, float32 [B] in [-1, 1] whatever their dtype and norms; a row of zeros has cosine 0.
+
+    `image` and `text` are [B, D]. Autocast does not reach into it. Raises ValueError when the shapes differ.
+    """
+    if image.dim() != 2 or image.shape != text.shape:
+        raise ValueError(f"cosine: expected image and text of one shape [B, D], found {tuple(image.shape)} and {tuple(text.shape)}")
+    image, text = image.float(), text.float()
+    dot, *squares = ((a * b).sum(1) for a, b in ((image, text), (image, image), (text, text)))
+    for square in squares:
+        dot = dot * square.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    return dot.clamp(-1, 1)
+
+
+def score(
+    cosine: Tensor,
+    *,
+    slot: Tensor,
+    history: Tensor,
+    visits: Tensor,
+    keep: int | None = None,
+    sample: Tensor | None = None,
+    valid: Tensor | None = None,
+    momentum: float | None = None,
+    freeze: int | None = None,
+    mean: bool = False,
+    seed: int = 0,
+) -> Scored:
+    """One visit of one selection group: differential, choice, then the history update in place (DISSect, arXiv 2507.12998).
+
+    With s_i = max(100 cos_i, 0) and h_i the history: d_i = h_i - s_i, the `keep` rows with the largest d are chosen, and only then
+    h_i is updated, for every valid row, chosen or not. A row without history takes the median of the group's known differentials
+    (of the lower two, when even): it is neither first nor last. When nothing is known all rows tie.
+
+    `cosine` float [g], `slot` int64 [g] into the table `history` float32 [N] (100 cos scale) and `visits` uint8 [N] (0: no history);
+    both tables change in place. `valid` bool [g]: rows that are False, or whose cosine is NaN, are neither written nor counted and
+    are chosen last. Ties are broken by a hash of (`seed`, `sample` or else `slot`, visits), never by position.
+    `momentum`, `freeze` and `mean` are `update_history`'s. Raises ValueError for shapes that do not fit, IndexError for slots outside.
+    """
+    if cosine.dim() != 1 or slot.shape != cosine.shape:
+        raise ValueError(f"score: expected cosine [g] and slot [g], found {tuple(cosine.shape)} and {tuple(slot.shape)}")
+    current = (100 * cosine.float()).clamp_min(0)
+    countable = current == current  # NaN is no score
+    if valid is not None:
+        countable &= valid
+    before, count = history.index_select(0, slot), visits.index_select(0, slot)
+    known = count > 0
+    differential = _neutral_where_unknown(before - current, known, countable)
+    rows = None
+    if keep is not None:
+        rows = top_k(differential, keep, hash_ids(seed, slot if sample is None else sample, count), countable)
+    _record(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
+    return Scored(rows, differential, current, before, known)
+
+
+def _neutral_where_unknown(differential: Tensor, known: Tensor, countable: Tensor) -> Tensor:
+    # nanmedian and not median of a choice of rows: how many are known must not be asked of the device
+    middle = torch.where(known & countable, differential, torch.nan).nanmedian().nan_to_num(0.0)
+    return torch.where(known, differential, middle)
+
+
+def update_history(
+    history: Tensor,
+    visits: Tensor,
+    slot: Tensor,
+    current: Tensor,
+    *,
+    valid: Tensor | None = None,
+    momentum: float | None = None,
+    freeze: int | None = None,
+    mean: bool = False,
+) -> None:
+    """Writes the scores of one visit into the table, in place: `history` float32 [N], `visits` uint8 [N], `slot` int64 [g], `current` [g].
+
+    The new history is `current`; with `momentum` m it is m h + (1 - m) current, and `current` at the first visit; with `mean` it is
+    the running mean over the visits. A sample whose visits have reached `freeze` keeps its history; its visits still count, up to 255.
+    Rows with `valid` (bool [g]) False change nothing.
+
+    A sample may stand in a group twice (the end of one visit and the start of the next). Its visits rise by the number of its valid
+    rows, but its history is updated once, with the score of its last valid row (its first, when that one reaches `freeze`). The
+    result does not depend on the order in which a device writes. Raises IndexError for a slot outside the table (on a GPU torch's
+    own assertion).
+    """
+    countable = torch.ones_like(slot, dtype=torch.bool) if valid is None else valid
+    before, count = history.index_select(0, slot), visits.index_select(0, slot)
+    _record(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
+
+
+def _record(
+    history: Tensor,
+    visits: Tensor,
+    slot: Tensor,
+    current: Tensor,
+    valid: Tensor,
+    before: Tensor,
+    count: Tensor,
+    momentum: float | None,
+    freeze: int | None,
+    mean: bool,
+) -> None:
+    """`update_history` for a caller that has read the table already: `before` and `count` are its rows at `slot`."""
+    count = count.float()
+    # The table itself is the scratch paper on which the rows of one sample agree: first on which of them counts (the largest turn),
+    # then on how many they are. Sorting the slots would cost three times as much, a scratch buffer 4 bytes for every sample.
+    turn = torch.arange(1, slot.shape[0] + 1, dtype=torch.float32, device=slot.device)
+    if freeze is not None:
+        turn = torch.where(count == freeze - 1, -turn, turn)
+    history.index_fill_(0, slot, _NEVER).scatter_reduce_(0, slot, turn.masked_fill_(~valid, _NEVER), "amax")
+    winner = history.index_select(0, slot).abs_().clamp_max_(slot.shape[0]).long() - 1
+    visited = history.index_copy_(0, slot, count).scatter_add_(0, slot, valid.float()).index_select(0, slot)
+    new = current.index_select(0, winner)
+    if mean:
+        new = before + (new - before) / (count + 1)
+    elif momentum is not None:
+        new = torch.where(count > 0, momentum * before + (1 - momentum) * new, new)
+    written = visited > count
+    if freeze is not None:
+        written &= count < freeze
+    # rows of one sample write one value
+    history.index_copy_(0, slot, torch.where(written, new, before))
+    visits.index_copy_(0, slot, visited.clamp_max_(255).to(torch.uint8))
+
+
+def top_k(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The rows with the `keep` largest values, int64 [keep], ascending.
+
+    `value` float [g] is compared as float32; equal values are ordered by `tie` (int64 [g] in [0, 2**63), a hash: its upper 28 bits
+    count). NaN comes after every number and rows with `valid` False (bool [g]) after that: they are chosen only when
+    there are too few others. Raises ValueError when `keep` is not in 1..g.
+    """
+    if not 1 <= keep <= value.shape[0]:
+        raise ValueError(f"top_k: cannot keep {keep} of {value.shape[0]} rows; expected 1 to {value.shape[0]}")
+    # A float32 leaves the low 29 bits of a double free for the tie: one number orders by both. The tiny summand keeps zeros of either
+    # sign from becoming denormals, and powers of two beyond float32 stand for what is infinite, no number, or not valid.
+    key = value.float().double().add_(2.0**-200).nan_to_num_(-(2.0**300), 2.0**200, -(2.0**200))
+    if valid is not None:
+        key.masked_fill_(~valid, -(2.0**400))
+    key = key.view(torch.int64).bitwise_or_(tie >> 35).view(torch.float64)
+    return key.topk(keep, sorted=False).indices.sort().values

@@ -1,0 +1,38 @@
+"""What an objective is: features and a batch in, this rank's part of a loss out."""
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config import Component
+from pipeline.distributed.comm import Comm
+from pipeline.types import Batch, Selection
+
+
+class ObjectiveConfig(Component):
+    """Settings of an objective; `weight` is its factor in the total loss."""
+
+    weight: float = Field(1.0, ge=0)
+
+    def reads(self) -> tuple[str, ...]:
+        """The features it looks at."""
+        raise TypeError(f"{type(self).__module__}.Config must define reads()")
+
+    def build(self) -> "Objective":
+        """The objective of this config."""
+        raise TypeError(f"{type(self).__module__}.Config must define build()")
+
+
+class Objective(nn.Module):
+    """Protocol of an objective.
+
+    Returns size x (this rank's share of the global loss), so that the mean over ranks that DDP and ZeRO take of gradients is the
+    gradient of the global loss (`Comm.gather`'s backward is a sum).
+    """
+
+    def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
+        """A scalar; `batch` holds the k selected rows, `selection` only its weights."""
+        raise TypeError(f"{type(self).__name__} must define forward()")
+
+    def adversary(self) -> nn.Module | None:
+        """A small replicated module that the engine trains in a step of its own, or None."""
+        return None

@@ -1,0 +1,234 @@
+"""RunConfig, the root of a configuration, and build(), the only place where parts are put together."""
+
+import fcntl
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.config import ConfigError, Strict, component, dump, load, to_yaml
+from pipeline.data.decode import Decoder
+from pipeline.data.lanes import Layout, layout
+from pipeline.data.loader import DataConfig, DataModule, Fetch, Sources
+from pipeline.distributed import checkpoint
+from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
+from pipeline.distributed.comm import Comm, LocalComm
+from pipeline.distributed.engine import Engine, EngineConfig, OptimizerConfig, describe_device, start
+from pipeline.distributed.stop import Stop, StopConfig
+from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
+from pipeline.objectives.base import ObjectiveConfig
+from pipeline.record.metrics import Record, RecordConfig
+from pipeline.selection.base import SelectorConfig
+from pipeline.selection.groups import GroupSelector
+from pipeline.task import Task, check_wiring
+from pipeline.towers.base import TowerConfig, TowerData
+from pipeline.trainer import Trainer
+from pipeline.types import Batch
+
+TowerField = component("pipeline.towers", TowerConfig)
+ObjectiveField = component("pipeline.objectives", ObjectiveConfig)
+SelectorField = component("pipeline.selection", SelectorConfig)
+
+# may differ between the runs of one folder: they change neither the samples, nor the choices, nor the weights
+FREE = ("out", "data.sources", "data.workers", "data.prefetch", "data.cache", "data.cache_gb", "data.max_bad_fraction", "checkpoint", "record", "evaluation", "stop")
+
+
+class RunConfig(Strict):
+    """One training run. Both stages are this, with other towers, objectives and data."""
+
+    out: str = Field(description="the run folder")
+    seed: int = 0
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or give visits")
+    visits: float | None = Field(None, gt=0, description="how often each sample is offered, on average; or give steps")
+    data: DataConfig
+    towers: dict[str, TowerField]
+    objectives: dict[str, ObjectiveField]
+    selector: SelectorField
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunConfig":
+        if (self.steps is None) == (self.visits is None):
+            raise ValueError("give either steps or visits")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps or max(1, int(self.visits * num_samples / self.data.batch))
+
+    def binding(self) -> dict[str, Any]:
+        """The part of the configuration that a checkpoint must agree with."""
+        values = dump(self)
+        for path in FREE:
+            *parents, last = path.split(".")
+            place = values
+            for part in parents:
+                place = place[part]
+            place.pop(last)
+        return values
+
+
+class Lock:
+    """One process group per run folder. The kernel frees it when its holder dies, however it dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "run.lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise ConfigError(f"{folder}: {holder} is training in this folder. Wait for it, stop it, or choose another folder with out=") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()}")
+        self._file.flush()
+
+
+def open_run(config: RunConfig, comm: Comm) -> Lock | None:
+    """Makes the run folder and takes its lock on rank 0. Raises ConfigError on every rank when another process has it."""
+    folder, lock, trouble = Path(config.out), None, None
+    if comm.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock(folder)
+        except ConfigError as error:
+            trouble = str(error)
+    if trouble := comm.broadcast(trouble):
+        raise ConfigError(trouble)
+    return lock
+
+
+def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
+    """The trainer of a configuration, at the step its folder has reached. Collective. Raises ConfigError, DataError, CheckpointError."""
+    check_wiring(config.towers, config.objectives)
+    folder = Path(config.out)
+    accelerator, comm = start(config.engine, folder, config.record.trackers)
+    lock = open_run(config, comm)
+    sources = Sources.open(config.data)
+    plan = layout(sources.shapes, config.data.batch, config.data.lanes, config.data.groups, config.data.window, config.seed)
+    plan.check_world(comm.size)
+    steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
+    decoders = prepare(config, folder, sources, comm, train=True)
+    torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
+    task = build_task(config, folder, comm)
+    engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
+    fetch = Fetch(sources, decoders, config.seed)
+    data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
+    selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
+    selector.scores.to(engine.device)
+    groups = GroupSelector(selector, plan.batch // plan.groups, plan.keep(config.selector.rate))
+    record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
+    facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "world_size": comm.size, "commit": commit()}
+    if comm.rank == 0:
+        describe(folder, config, sources, plan, engine, steps, warmup)
+        accelerator.init_trackers("training", config={"config": to_yaml(config)})
+    trainer = Trainer(folder, steps, data, groups, engine, record, Stop(config.stop, comm), config.checkpoint, facts)
+    if config.evaluation.every and config.evaluation.data:
+        trainer.evaluate, trainer.evaluate_every = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False)), config.evaluation.every
+    trainer.resume()
+    return trainer, lock
+
+
+def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm, train: bool) -> dict[str, Decoder]:
+    """The decoders of all towers. Rank 0 does first what is done once (a tokenizer); resume finds it done."""
+    done = folder / "prepared"
+    if comm.rank == 0 and not done.exists():
+        for tower in config.towers.values():
+            tower.prepare(TowerData(folder, sources.captions))
+        done.touch()
+    comm.barrier()
+    return make_decoders(config, folder, train)
+
+
+def make_decoders(config: RunConfig, folder: Path, train: bool) -> dict[str, Decoder]:
+    """Field name -> decoder, over all towers; two towers that read one field share it."""
+    return {name: decoder for tower in config.towers.values() for name, decoder in tower.decoders(folder, train).items()}
+
+
+def build_task(config: RunConfig, folder: Path, comm: Comm) -> Task:
+    """Towers and objectives with fresh weights, on the CPU."""
+    towers = {name: tower.build(folder) for name, tower in config.towers.items()}
+    objectives = {name: (objective.weight, objective.build()) for name, objective in config.objectives.items()}
+    return Task(towers, objectives, comm)
+
+
+class TrainedRun:
+    """A finished or interrupted run, opened to be used: its configuration, its student's weights, its preprocessing."""
+
+    def __init__(self, folder: Path, which: str = "newest") -> None:
+        """`which`: newest, best, or a step. Raises ConfigError, CheckpointError."""
+        if not (folder / "resolved.yaml").is_file():
+            raise ConfigError(f"{folder}: is no run folder, it has no resolved.yaml; give the `out` of a run that was trained")
+        self.folder, self.config = folder, load(RunConfig, folder / "resolved.yaml")
+        weights = self._weights(which)
+        self.task = build_task(self.config, folder, LocalComm())
+        self.task.load_state_dict(load_file(weights))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.task.to(self.device).eval()
+        self.decoders = make_decoders(self.config, folder, train=False)
+
+    def _weights(self, which: str) -> Path:
+        if which == "best":
+            path = self.folder / "best" / "model.safetensors"
+            if not path.is_file():
+                raise ConfigError(f"{path}: there is no best model; the run was not evaluated while it trained (evaluation.every)")
+            return path
+        found = checkpoint.newest(self.folder) if which == "newest" else checkpoint.folder_of(self.folder, int(which))
+        if found is None:
+            raise CheckpointError(f"{self.folder}: has no finished checkpoint; start the training command again")
+        self.state = checkpoint.verify(found)
+        return found / "model.safetensors"
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Features of a batch, in eval mode and the precision the run was trained in."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16"):
+            return self.task(batch, "features")
+
+
+def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, engine: Engine, steps: int, warmup: int) -> None:
+    """Writes resolved.yaml and facts.json before the first step, and prints what is about to happen."""
+    resolved = folder / "resolved.yaml"
+    if not resolved.exists():
+        resolved.write_text(to_yaml(config), encoding="utf-8")
+    parameters = sum(p.numel() for p in engine.raw.parameters())
+    facts = {
+        "device": describe_device(engine.device),
+        "world_size": engine.comm.size,
+        "parameters": parameters,
+        "samples": sources.num_samples,
+        "steps": steps,
+        "warmup_steps": warmup,
+        "lanes": plan.lanes,
+        "groups": plan.groups,
+        "mix": plan.mix(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    print(
+        f"{folder}: {sources.num_samples} samples, {parameters / 1e6:.1f} M parameters on {facts['device']} x {engine.comm.size}; {steps} steps of "
+        f"{plan.batch} candidates in {plan.groups} groups; {config.selector.name} keeps {plan.keep(config.selector.rate)} of "
+        f"{plan.batch // plan.groups} after step {warmup}",
+        flush=True,
+    )
+
+
+def commit() -> str | None:
+    """The commit of the checkout this code runs from, if it is one."""
+    root = Path(__file__).parent.parent
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if (root / ".git").exists() else None
+    return found.stdout.strip() or None if found else None
+
+

@@ -1,0 +1,90 @@
+"""What a selector is: it sees one selection group at a time and says which rows are trained."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config import Component
+from pipeline.hashing import hash_ids
+from pipeline.kernels.score import top_k
+from pipeline.selection.scores import ScoreTable
+from pipeline.types import Candidates, Selection
+
+__all__ = ["Candidates", "Selection", "Selector", "SelectorConfig"]
+
+
+class SelectorConfig(Component):
+    """Settings that every selector shares, so that methods can be compared after the same warm-up."""
+
+    rate: float = Field(0.5, gt=0, le=1, description="share of each selection group that is trained")
+    warmup_visits: int = Field(0, ge=0, le=254, description="visits of every sample before selection starts")
+    warmup_data: Literal["all", "subset"] = Field("all", description="train on all rows in warm-up, or on a random subset at the same rate")
+
+    def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Selector":
+        """The selector of this config. `num_samples` rows of score table; warm-up ends before step `warmup_steps` (0: it is over)."""
+        raise TypeError(f"{type(self).__module__}.Config must define build()")
+
+
+class Selector(ABC):
+    """Protocol of a selector; its only state is the score table."""
+
+    def __init__(self, config: SelectorConfig, num_samples: int, warmup_steps: int, seed: int) -> None:
+        self.config = config
+        self.warmup_steps = warmup_steps
+        self.seed = seed
+        self.scores = ScoreTable(num_samples)
+
+    def needs(self, step: int) -> frozenset[str]:
+        """What `select` reads at this step beside ids: a subset of {"cosine", "loss"}; empty saves the scoring pass."""
+        return frozenset()
+
+    def trains_all(self, step: int) -> bool:
+        """Whether this step trains every candidate (warm-up on all data); decided by the step alone, so equal on every rank."""
+        return self.in_warmup(step) and self.config.warmup_data == "all"
+
+    def in_warmup(self, step: int) -> bool:
+        """Whether selection has not started yet."""
+        return step < self.warmup_steps
+
+    @abstractmethod
+    def select(self, group: Candidates) -> Selection:
+        """Chooses rows of one group: all of them while `trains_all(group.step)`, else exactly `group.keep`.
+
+        Invalid rows are chosen only when there are fewer valid ones than that, and for the sake of equal shapes: whoever trains
+        multiplies the weights by `valid`, a selector does not.
+        """
+
+    def warmup(self, group: Candidates) -> Selection:
+        """The choice before selection starts: all rows, or `keep` random ones, as the config says."""
+        if self.trains_all(group.step):
+            return Selection(torch.arange(group.slot.shape[0], device=group.slot.device))
+        return self.ranked(group, self.lot(group))
+
+    def ranked(self, group: Candidates, value: Tensor) -> Selection:
+        """The `keep` rows with the largest `value` (float [g]), ties by lot."""
+        return Selection(top_k(value, group.keep, self._hash(group), group.valid), ranked_by=value)
+
+    def lot(self, group: Candidates) -> Tensor:
+        """Random float32 [g] in [0, 1) by a hash of (seed, sample, step): no generator state, the same on every device and rank."""
+        return (self._hash(group) >> 39).float() * 2.0**-24
+
+    def given(self, group: Candidates, name: str) -> Tensor:
+        """The group's `cosine` or `loss`. Raises ValueError when the caller left out what `needs` asked for."""
+        value = getattr(group, name)
+        if value is None:
+            raise ValueError(f"{self.config.name}: select() at step {group.step} needs Candidates.{name}, found None")
+        return value
+
+    def _hash(self, group: Candidates) -> Tensor:
+        return hash_ids(self.seed, group.slot if group.sample is None else group.sample, group.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score table's tensors; the rest of a selector is its config."""
+        return self.scores.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes tensors as `state_dict` gave them. Raises ValueError when their length is another table's."""
+        self.scores.load_state_dict(state)

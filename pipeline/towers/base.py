@@ -1,0 +1,58 @@
+"""What a tower is: it reads fields of the batch and gives named features."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pipeline.config import Component
+from pipeline.data.decode import Decoder
+
+
+class TowerData(NamedTuple):
+    """What a tower may draw on while it prepares its decoders."""
+
+    folder: Path  # the run folder; what is prepared once is kept there
+    captions: Callable[[], Iterable[str]]  # the training captions (a sample of them where there are very many)
+
+
+class TowerConfig(Component):
+    """Settings of a tower. `reads` and `gives` let the wiring be checked before anything is built."""
+
+    def reads(self) -> tuple[str, ...]:
+        """The batch fields the tower looks at."""
+        raise TypeError(f"{type(self).__module__}.Config must define reads()")
+
+    def gives(self) -> tuple[str, ...]:
+        """The features its forward returns."""
+        raise TypeError(f"{type(self).__module__}.Config must define gives()")
+
+    def prepare(self, data: TowerData) -> None:
+        """Work that one process does for all before decoders are made (training a tokenizer); done already on resume."""
+
+    def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
+        """How the fields it reads are made from bytes; `train` asks for the augmenting variant."""
+        raise TypeError(f"{type(self).__module__}.Config must define decoders()")
+
+    def build(self, folder: Path) -> "Tower":
+        """The tower with its initial weights, in float32 on the CPU."""
+        raise TypeError(f"{type(self).__module__}.Config must define build()")
+
+
+class Tower(nn.Module):
+    """Protocol of a tower. A parameter is read inside forward only: under ZeRO-3 it has shape [0] elsewhere."""
+
+    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Features from the fields that are there (evaluation gives images alone, or texts alone). `mask` marks absent modalities."""
+        raise TypeError(f"{type(self).__name__} must define forward()")
+
+    def after_step(self) -> None:
+        """Keeps parameters in their bounds after an optimizer step (the logit scale's clamp)."""
+
+
+def normalise_pixels(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [b, 3, H, W] -> float32 with the tower's mean and standard deviation; float images pass as they are."""
+    if image.is_floating_point():
+        return image
+    return (image.float() / 255 - mean[:, None, None]) / std[:, None, None]

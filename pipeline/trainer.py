@@ -1,0 +1,129 @@
+"""The loop: fetch, score, select, train, record, save. No torch.distributed, no deepspeed, one screen."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import DataModule
+from pipeline.distributed import checkpoint
+from pipeline.distributed.checkpoint import CheckpointConfig
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.stop import Stop
+from pipeline.record.metrics import Record
+from pipeline.record.profile import forward_flops, measured_peak
+from pipeline.selection.groups import GroupSelector
+from pipeline.types import Batch, Selection
+
+
+@dataclass
+class Progress:
+    """Where a run is; counts are global. Saved with every checkpoint."""
+
+    step: int = 0
+    offered: int = 0
+    scored: int = 0
+    trained: int = 0
+    visit: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("data", "score", "train", "evaluate", "save", "total"), 0.0))
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time inside to a phase. On a GPU work is only queued, so score and train show what the host spends."""
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, wired by run.build()."""
+
+    folder: Path
+    steps: int
+    data: DataModule
+    selector: GroupSelector
+    engine: Engine
+    record: Record
+    stop: Stop
+    checkpoints: CheckpointConfig
+    facts: dict[str, Any]  # what a checkpoint must agree with
+    evaluate: Callable[[int], None] | None = None
+    evaluate_every: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    def fit(self) -> bool:
+        """Trains to the last step, or until a signal asks to stop; a checkpoint is written either way. True when training is complete."""
+        p = self.progress
+        stopping = False
+        with self.stop:
+            self.record.start(p.step, p)
+            while p.step < self.steps and not stopping:
+                began = time.perf_counter()
+                self.record.trace.at(p.step)
+                with p.timed("data"):
+                    batch = self.data.next()
+                with p.timed("score"):
+                    features = self.score(batch)
+                    chosen, cosine = self.selector.select(batch, features, p.step)
+                with p.timed("train"):
+                    trained = self.engine.step(batch.take(chosen.rows), Selection(chosen.rows, chosen.weights), p.step)
+                self.advance(batch, chosen, features is not None, time.perf_counter() - began)
+                self.record.step(p, batch, chosen, cosine, trained, self.engine.rate(p.step - 1))
+                if self.evaluate and p.step % self.evaluate_every == 0:
+                    with p.timed("evaluate"):
+                        self.evaluate(p.step)
+                stopping = self.stop.agreed(p.step)
+                if stopping or p.step == self.steps or p.step % self.checkpoints.every == 0:
+                    self.save()
+            self.record.close()
+        return p.step == self.steps
+
+    def score(self, batch: Batch) -> dict[str, Tensor] | None:
+        """The scoring pass, where the selector asks for one."""
+        if not self.selector.selector.needs(self.progress.step):
+            return None
+        if self.record.flops is None:
+            dtype = torch.bfloat16 if self.engine.config.precision == "bf16" else torch.float32
+            self.record.flops = (forward_flops(self.engine, batch), measured_peak(self.engine.device, dtype))
+        return self.engine.features(batch)
+
+    def advance(self, batch: Batch, chosen: Selection, scored: bool, seconds: float) -> None:
+        """Counts one step."""
+        p, size = self.progress, self.engine.comm.size
+        p.step += 1
+        p.offered += len(batch) * size
+        p.scored += len(batch) * size * scored
+        p.trained += len(chosen.rows) * size
+        p.visit = p.offered / self.data.lanes.layout.num_samples
+        p.seconds["total"] += seconds
+
+    def save(self) -> None:
+        """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
+        began = time.perf_counter()
+        self.record.check_finite()
+        self.record.flush(self.progress.step)
+        table = self.selector.selector.state_dict()
+        parts = [self.engine.save, lambda folder: checkpoint.write_lanes(folder, self.data.lanes, table)]
+        facts = self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}
+        checkpoint.write(self.folder, self.progress.step, self.engine.comm, facts, parts, self.checkpoints.keep)
+        self.progress.seconds["save"] += time.perf_counter() - began
+        self.progress.seconds["total"] += time.perf_counter() - began
+
+    def resume(self) -> int:
+        """Goes to the newest checkpoint, if there is one; its facts must be this run's. Gives the step. Raises CheckpointError."""
+        found = checkpoint.newest(self.folder)
+        if found is not None:
+            state = checkpoint.verify(found)
+            checkpoint.check_facts(found, state, self.facts)
+            self.engine.load(found)
+            self.selector.selector.load_state_dict(checkpoint.read_lanes(found, self.data.lanes))
+            self.data.load_state_dict(state["data"])
+            self.progress = Progress(**state["progress"])
+        self.record.resume(self.progress.step)
+        return self.progress.step

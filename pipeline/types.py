@@ -1,0 +1,81 @@
+"""The nouns. N_b is the global candidate batch, R the world size, b = N_b / R the candidate rows of a rank, G the number of
+selection groups, k the trained rows of a rank."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Candidate rows of one rank; every tensor has the same first dimension b."""
+
+    sample: Tensor  # int64 [b], global sample id
+    slot: Tensor  # int64 [b], row in this rank's score table
+    visit: Tensor  # int64 [b], how often the sample's lane has gone round before
+    valid: Tensor  # bool [b]; False: could not be decoded; not scored, selected, recorded, nor a negative
+    fields: dict[str, Tensor]  # "image", "text", "audio", "label", ...
+    teacher: dict[str, Tensor] = field(default_factory=dict)  # filled by teachers; empty in stage 1
+    unselected: dict[str, Tensor] | None = None  # after take(): detached scoring embeddings of the rows left out
+    bad: tuple[tuple[int, str], ...] = ()  # (sample id, cause) of the rows that are not valid; for the record only
+
+    def __len__(self) -> int:
+        return self.sample.shape[0]
+
+    def map(self, change: Any) -> "Batch":
+        """The same batch with `change` applied to every tensor (a move to a device, a choice of rows)."""
+        return replace(
+            self,
+            sample=change(self.sample),
+            slot=change(self.slot),
+            visit=change(self.visit),
+            valid=change(self.valid),
+            fields={name: change(value) for name, value in self.fields.items()},
+            teacher={name: change(value) for name, value in self.teacher.items()},
+        )
+
+    def take(self, rows: Tensor) -> "Batch":
+        """The rows that are trained; `rows` is int64 [k]."""
+        return self.map(lambda value: value[rows])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; the copy from pinned memory does not wait."""
+        return self.map(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader when it pins."""
+        return self.map(lambda value: value.pin_memory())
+
+
+@dataclass
+class Candidates:
+    """One selection group of g rows, as a selector sees it."""
+
+    slot: Tensor  # int64 [g], row in the score table
+    cosine: Tensor | None  # float32 [g] in [-1, 1]; None when the selector asked for no scores
+    keep: int  # how many rows to train
+    loss: Tensor | None = None  # float32 [g], per-sample loss with negatives from the group only
+    sample: Tensor | None = None  # int64 [g], global sample id; the slot stands in where it is None
+    valid: Tensor | None = None  # bool [g]; all rows where it is None
+    step: int = 0
+    image: Tensor | None = None  # float32 [g, D], unit rows
+    text: Tensor | None = None  # float32 [g, D], unit rows
+
+
+@dataclass
+class Selection:
+    """What is trained. After `batch.take(rows)` only the weights may be read."""
+
+    rows: Tensor  # int64 [k], ascending
+    weights: dict[str, Tensor] = field(default_factory=dict)  # per-sample weights [k] by objective; empty means 1
+    ranked_by: Tensor | None = None  # float32 [g], what the group was ranked by (largest kept); for the record only
+
+
+class StepOutput(NamedTuple):
+    """What a training forward returns. Never a dataclass: ZeRO-3's hooks do not look inside one."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]  # detached, still on the device
+    adversary: dict[str, Tensor]  # detached features for an adversary's own step; usually empty

