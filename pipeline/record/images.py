@@ -57,17 +57,7 @@ def load_pairs(url: str, rows: Sequence[int]) -> list[Pair]:
     A sample that is bad by its own bytes gives a pair without image. Remote members are read one by one and not cached: a report
     needs few. Raises DataError when there is no index, or the storage does not answer.
     """
-    index = Index.open(url)
-    reader = Reader(index, ShardCache(None))
-    try:
-        return [_pair(index, reader, int(row)) for row in rows]
-    finally:
-        reader.close()
-
-
-def load_images(url: str, rows: Sequence[int]) -> list[PIL.Image.Image | None]:
-    """The images of `load_pairs`, RGB, None where one could not be decoded."""
-    return [pair.image for pair in load_pairs(url, rows)]
+    return _pairs(Index.open(url), rows)
 
 
 def load_samples(urls: Sequence[str], samples: Sequence[int]) -> list[Pair]:
@@ -75,14 +65,13 @@ def load_samples(urls: Sequence[str], samples: Sequence[int]) -> list[Pair]:
     found: dict[int, Pair] = {}
     base = 0
     for url in urls:
-        count = Index.open(url).num_samples
-        mine = [sample for sample in samples if base <= sample < base + count]
-        if mine:
-            found |= dict(zip(mine, load_pairs(url, [sample - base for sample in mine])))
-        base += count
+        index = Index.open(url)
+        mine = [sample for sample in samples if base <= sample < base + index.num_samples]
+        found |= dict(zip(mine, _pairs(index, [sample - base for sample in mine])))
+        base += index.num_samples
     lost = [sample for sample in samples if sample not in found]
     if lost:
-        raise DataError(f"samples {lost[:5]} are not in {', '.join(urls)}, which hold {base}; these are other shards than the run was trained on")
+        raise DataError(f"samples {lost[:5]} are not in {', '.join(urls)}, which hold {base}: not the shards that the run was trained on")
     return [found[sample] for sample in samples]
 
 
@@ -105,7 +94,9 @@ def load_truth(urls: Sequence[str]) -> pa.Table | None:
     return pa.concat_tables(tables) if tables else None
 
 
-def contact_sheets(log: pa.Table, truth: pa.Table | None, urls: Sequence[str], *, warmup_visits: int, count: int = 24) -> tuple[Sheet, Sheet] | None:
+def contact_sheets(
+    log: pa.Table, truth: pa.Table | None, urls: Sequence[str], *, warmup_visits: int, count: int = 24
+) -> tuple[Sheet, Sheet] | None:
     """The pairs refused most often after warm-up and those kept most often, ties by mean rank (what the selector ranked by).
 
     None when nothing was refused, or no visit came after warm-up. Raises DataError when the shards cannot be read.
@@ -129,7 +120,8 @@ def contact_sheets(log: pa.Table, truth: pa.Table | None, urls: Sequence[str], *
         shown = order[:count]
         pairs = load_samples(urls, ids[shown].tolist())
         cards = [
-            Card(data_uri(pair.image), pair.caption, *known[ids[i]], int(chosen[i]), int(offered[i])) for i, pair in zip(shown.tolist(), pairs)
+            Card(data_uri(pair.image), pair.caption, *known[ids[i]], int(chosen[i]), int(offered[i]))
+            for i, pair in zip(shown.tolist(), pairs)
         ]
         of = ids[extreme] if extreme[shown].all() else ids[shown]
         flags = [known[i][0] for i in of if known[i][0] is not None]
@@ -148,18 +140,24 @@ def data_uri(image: PIL.Image.Image | None, size: int = THUMB) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pair(index: Index, reader: Reader, row: int) -> Pair:
-    present = index.members(row)
-    extension = next((e for e in ImageDecoder.extensions if e in present), None)
-    wanted = tuple(e for e in (extension, "txt") if e in present)
+def _pairs(index: Index, rows: Sequence[int]) -> list[Pair]:
+    reader = Reader(index, ShardCache(None))
     try:
-        members = reader.read(row, wanted)
+        return [_pair(reader, int(row)) for row in rows]
+    finally:
+        reader.close()
+
+
+def _pair(reader: Reader, row: int) -> Pair:
+    try:
+        members = reader.read(row)
     except BadSample as error:
         return Pair(None, f"({error.cause})")
     try:
         caption = captions(members["txt"])[0] if "txt" in members else "(no caption)"
     except BadSample as error:
         caption = f"({error.cause})"
+    extension = next((e for e in ImageDecoder.extensions if e in members), None)
     return Pair(_decode(members[extension]) if extension else None, caption)
 
 

@@ -35,7 +35,8 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
-    "legend.handlelength": 2.4,
+    "legend.handlelength": 2.2,
+    "legend.labelcolor": "#39424e",
     "axes.xmargin": 0.02,
     "text.parse_math": False,  # a run's name may hold a dollar sign
 }
@@ -82,7 +83,7 @@ def lines(
             x, y = _thin(one.x, one.y)
             look = {"color": COLOURS[one.number % len(COLOURS)], "linestyle": DASHES[one.number % len(DASHES)]}
             if smooth and len(x) > 40:
-                axes.plot(x, y, color=look["color"], linewidth=0.7, alpha=0.28)
+                axes.plot(x, y, color=look["color"], linewidth=0.7, alpha=0.35)
                 y = _moving_average(y)
             sparse = {"marker": "o", "markersize": 3.2} if len(x) <= 60 and not smooth else {}
             axes.plot(x, y, label=_short(one.label), **look, **sparse)
@@ -136,15 +137,24 @@ def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 def _mark_warmup(axes: Axes, ends: Sequence[float | None]) -> None:
     for number, end in enumerate(sorted({round(end, 6) for end in ends if end})):
-        axes.axvline(end, color="#8a6d1c", linewidth=1.1, linestyle=(0, (3, 2)), label="end of warm-up" if number == 0 else None)
+        axes.axvline(end, color="#8a6d1c", linewidth=1.1, linestyle=(0, (3, 2)), label="warm-up ends" if number == 0 else None)
 
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it can cover no line."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 3 if max(map(len, labels)) <= 16 else 2
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.4, borderaxespad=0.2)
+        room, columns = 68, len(labels)  # about 68 characters fit side by side; a handle takes the room of eight
+        while columns > 1 and sum(max(len(label) + 8 for label in labels[i::columns]) for i in range(columns)) > room:
+            columns -= 1
+        order = _by_rows(len(labels), columns)
+        handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, borderaxespad=0.2)
+
+
+def _by_rows(count: int, columns: int) -> list[int]:
+    """The order that makes matplotlib, which fills a legend column by column, fill it row by row."""
+    return [i for column in range(columns) for i in range(column, count, columns)]
 
 
 def _short(label: str) -> str:

@@ -4,27 +4,24 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import pyarrow as pa
+import yaml
 from markupsafe import Markup
 
-from pipeline.config import ConfigError, read_yaml
-from pipeline.data.errors import DataError
-from pipeline.evaluation.selection_quality import read_log, selection_quality
+from pipeline.config import ConfigError
 from pipeline.record import plots
-from pipeline.record.images import contact_sheets, data_uri, load_pairs, load_truth
+from pipeline.record.images import contact_sheets, data_uri, load_pairs
 from pipeline.record.plots import Plot, Series, finite
-from pipeline.record.tables import Run, comparison, dig, facts, headline, number, percent
+from pipeline.record.runs import UNREADABLE, Run, dig, label, load_run, number, read_part
+from pipeline.record.tables import comparison, facts, headline, percent
 
 CAPTIONS_SHOWN, IMAGES_SHOWN = 8, 5
-_UNREADABLE = (DataError, OSError, ValueError, KeyError, pa.ArrowException)  # what a moved, damaged or older folder gives
 _NO_SELECTION = ("random", "keep_all")  # their sheets would show the luck of the draw
 
 
 def write_report(runs: list[Path], out: Path) -> Path:
-    """Writes the page about `runs` (the first one is the subject, the others stand beside it) and returns `out`.
+    """Writes the page about `runs` (the first is the subject, the others stand beside it) and returns `out`.
 
     Reads `resolved.yaml`, `metrics.jsonl`, `result.json`, `selection/` and `evaluation/examples.json` of each, and the few images it
     shows from the shards that these name. Whatever is missing or unreadable becomes a sentence on the page. Raises ConfigError when
@@ -32,91 +29,33 @@ def write_report(runs: list[Path], out: Path) -> Path:
     """
     if not runs:
         raise ConfigError("report: name at least one run folder")
-    loaded = [_load(Path(path), place) for place, path in enumerate(runs)]
-    _label(loaded)
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    loaded = [load_run(Path(path), place) for place, path in enumerate(runs)]
+    label(loaded)
+    same, differ = facts(loaded)
+    templates = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.get_template("report.html").render(
         title=" and ".join(run.label for run in loaded[:2]) + (f" and {len(loaded) - 2} more" if len(loaded) > 2 else ""),
         headline=headline(loaded),
         runs=loaded,
-        facts=facts(loaded),
+        same=same,
+        differ=differ,
         comparison=comparison(loaded),
         plots=[plot._replace(svg=Markup(plot.svg)) for plot in _plots(loaded)],
         missing_plots=_missing_plots(loaded),
+        missing_figures=_missing_figures(loaded),
         sheets=_sheets(loaded),
         retrieval=_retrieval(loaded),
         percent=percent,
+        colours=plots.COLOURS,
+        settings=lambda run: yaml.safe_dump(run.config, sort_keys=False, width=120),
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_bytes(page.encode("utf-8", "replace"))  # JSON may smuggle in half a surrogate pair, which is no UTF-8
     partial.replace(out)
     return out
-
-
-def _load(path: Path, place: int) -> Run:
-    if not any((path / name).is_file() for name in ("resolved.yaml", "metrics.jsonl", "result.json")):
-        raise ConfigError(f"{path}: no run folder: it holds neither resolved.yaml nor metrics.jsonl nor result.json. Name the folder that training wrote")
-    run = Run(path, path.resolve().name, place, {}, {}, [], [], None, None, None)
-    run.config = _read(run, "resolved.yaml", lambda text: read_yaml(text, str(path / "resolved.yaml")))
-    run.result = _read(run, "result.json", json.loads)
-    lines = _lines(path / "metrics.jsonl")
-    run.metrics = list({line["step"]: line for line in lines if "loss" in line}.values())
-    run.metrics.sort(key=lambda line: line["step"])
-    run.evaluations = [line for line in lines if isinstance(line.get("eval"), dict)]
-    try:
-        run.log = read_log(path / "selection")
-    except _UNREADABLE as error:
-        run.notes.append(f"The selection log cannot be read: {error}.")
-    try:
-        run.truth = load_truth(run.sources) if run.log is not None else None
-    except _UNREADABLE as error:
-        run.notes.append(f"The truth about its pairs cannot be read: {error}")
-    told = run.result.get("selection")
-    if isinstance(told, dict) and told.get("visits"):
-        run.quality = told
-    elif run.log is not None:
-        run.quality = selection_quality(run.log, run.truth, warmup_visits=run.warmup_visits)
-    return run
-
-
-def _read(run: Run, name: str, parse: Any) -> dict:
-    file = run.path / name
-    if not file.is_file():
-        run.notes.append(f"There is no {name}" + (": the run has not been evaluated." if name == "result.json" else "."))
-        return {}
-    try:
-        values = parse(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # a broken JSON or YAML file, or one that is not UTF-8
-        run.notes.append(f"{name} cannot be read: {error}.")
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _lines(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl that have a step; the last one of a run that was killed may be cut off."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and number(line.get("step")) is not None:
-            lines.append(line)
-    return lines
-
-
-def _label(runs: Sequence[Run]) -> None:
-    """The selector's name where that tells the runs apart, else the folder's, else numbered."""
-    for names in ([run.selector for run in runs], [run.path.resolve().name for run in runs]):
-        if len(set(names)) == len(runs) and "unknown" not in names:
-            break
-    else:
-        names = [f"{run.path.resolve().name} ({place + 1})" for place, run in enumerate(runs)]
-    for run, name in zip(runs, names):
-        run.label = name
 
 
 def _plots(runs: Sequence[Run]) -> list[Plot]:
@@ -140,7 +79,8 @@ def _loss_plot(runs: Sequence[Run]) -> Plot | None:
     if not series:
         return None
     ends = ", ".join(f"{one.label} {one.y[-1]:.2f}" for one in series)
-    caption = "Thin: as logged; thick: moving average. The loss is that of the pairs trained, with the negatives among them, so its level says little across selectors."
+    caption = "Thin: as logged; thick: moving average. It is the loss of the pairs trained, with negatives from among them, so its level "
+    caption += "says little across selectors."
     svg = plots.lines("loss", series, xlabel="step", ylabel="contrastive loss", smooth=True)
     return Plot("Training loss", svg, caption, f"Line chart of the training loss over steps. Last values: {ends}.")
 
@@ -159,7 +99,12 @@ def _precision_plot(runs: Sequence[Run]) -> Plot | None:
     chance = sum(chances) / len(chances)
     svg = plots.lines("precision", series, xlabel="visit", ylabel="clean share of kept pairs", percent=True, chance=chance)
     caption = "Share of clean pairs among those kept, visit by visit. Dotted: the share among all pairs, which a random choice keeps to."
-    return Plot("Precision of the kept pairs", svg, caption, f"Line chart of the clean share per visit. At the last visit: {last}; chance {percent(chance, 0)}.")
+    return Plot(
+        "Precision of the kept pairs",
+        svg,
+        caption,
+        f"Line chart of the clean share per visit. At the last visit: {last}; chance {percent(chance, 0)}.",
+    )
 
 
 def _drift_plots(runs: Sequence[Run]) -> list[Plot]:
@@ -195,7 +140,7 @@ def _rate_plot(runs: Sequence[Run]) -> Plot | None:
 def _evaluation_plot(runs: Sequence[Run]) -> Plot | None:
     series = []
     for run in runs:
-        points = [(line["step"], number(dig(line["eval"], "zero_shot.top1", "top1"))) for line in run.evaluations]
+        points = [(line["step"], number(dig(line["eval"], "zero_shot_top1", "zero_shot.top1", "top1"))) for line in run.evaluations]
         points = [(step, top1) for step, top1 in points if top1 is not None]
         if len(points) > 1:
             series.append(Series(run.label, [step for step, _ in points], [top1 for _, top1 in points], run.number))
@@ -203,7 +148,12 @@ def _evaluation_plot(runs: Sequence[Run]) -> Plot | None:
         return None
     last = ", ".join(f"{one.label} {percent(one.y[-1])}" for one in series)
     svg = plots.lines("evaluation", series, xlabel="step", ylabel="zero-shot top-1", percent=True, floor=0)
-    return Plot("Zero-shot accuracy on the way", svg, f"On held-out images. Last: {last}.", f"Line chart of zero-shot top-1 over steps. Last: {last}.")
+    return Plot(
+        "Zero-shot accuracy on the way",
+        svg,
+        f"On held-out images. Last: {last}.",
+        f"Line chart of zero-shot top-1 over steps. Last: {last}.",
+    )
 
 
 def _missing_plots(runs: Sequence[Run]) -> list[str]:
@@ -222,6 +172,21 @@ def _missing_plots(runs: Sequence[Run]) -> list[str]:
     return told
 
 
+def _missing_figures(runs: Sequence[Run]) -> list[str]:
+    """One sentence for each part of the evaluation that a run lacks."""
+    parts = {
+        "zero_shot": "no zero-shot figures",
+        "retrieval": "no retrieval figures",
+        "linear_probe": "no linear probe (it takes two classes of four held-out images)",
+    }
+    told = []
+    for run in (run for run in runs if run.result):
+        lacks = [text for key, text in parts.items() if not isinstance(run.result.get(key), dict)]
+        if lacks:
+            told.append(f"{run.label} has {', '.join(lacks)}.")
+    return told
+
+
 def _sheets(runs: Sequence[Run]) -> list[dict]:
     """Contact sheets of the runs whose selector ranks, or the reason why there are none."""
     found = []
@@ -230,7 +195,7 @@ def _sheets(runs: Sequence[Run]) -> list[dict]:
         try:
             sheets = contact_sheets(run.log, run.truth, run.sources, warmup_visits=run.warmup_visits)
             note = "" if sheets else f"{run.label} refused no pair after its warm-up, so there is nothing to show."
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             sheets, note = None, f"The pairs of {run.label} cannot be shown: {error}"
         found.append({"run": run, "sheets": sheets, "note": note})
     return found
@@ -240,15 +205,18 @@ def _retrieval(runs: Sequence[Run]) -> list[dict]:
     """Captions with the images that each run found: [{"caption", "strips": [{"label", "images": [...]}]}], at most CAPTIONS_SHOWN."""
     blocks: dict[str, list[dict]] = {}
     for run in runs:
-        told = _read(run, "evaluation/examples.json", json.loads) if (run.path / "evaluation" / "examples.json").is_file() else {}
-        for entry in (told.get("retrieval") or [])[:CAPTIONS_SHOWN]:
-            images = [dict(image) for image in entry.get("images", [])[:IMAGES_SHOWN]]
-            try:
-                pairs = load_pairs(str(told["data"]), [image["row"] for image in images])
-            except (*_UNREADABLE, IndexError) as error:
-                run.notes.append(f"Its retrieval examples cannot be shown: {error}")
-                break
-            for image, pair in zip(images, pairs):
-                image["uri"] = data_uri(pair.image)
-            blocks.setdefault(str(entry.get("caption")), []).append({"label": run.label, "images": images})
+        if not (run.path / "evaluation" / "examples.json").is_file():
+            continue
+        told = read_part(run, "evaluation/examples.json", json.loads)
+        try:
+            entries = [(str(entry["caption"]), entry["images"][:IMAGES_SHOWN]) for entry in told["retrieval"][:CAPTIONS_SHOWN]]
+            pairs = iter(load_pairs(str(told["data"]), [image["row"] for _, images in entries for image in images]))
+        except (*UNREADABLE, TypeError, IndexError) as error:
+            run.notes.append(f"Its retrieval examples cannot be shown: {error}")
+            continue
+        for caption, images in entries:
+            shown = [
+                {"right": bool(i.get("right")), "caption": str(i.get("caption", "")), "uri": data_uri(next(pairs).image)} for i in images
+            ]
+            blocks.setdefault(caption, []).append({"label": run.label, "images": shown})
     return [{"caption": caption, "strips": strips} for caption, strips in list(blocks.items())[:CAPTIONS_SHOWN]]

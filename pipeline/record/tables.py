@@ -2,41 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-
-@dataclass
-class Run:
-    """What a run folder holds, as far as it is there; `label` is unique among the runs of a report."""
-
-    path: Path
-    label: str
-    number: int
-    config: dict
-    result: dict
-    metrics: list[dict]  # training lines only, one a step, in order
-    evaluations: list[dict]  # lines of metrics.jsonl with "eval"
-    log: pa.Table | None
-    truth: pa.Table | None
-    quality: dict | None  # of evaluation.selection_quality
-    notes: list[str] = field(default_factory=list)  # what could not be read, in sentences
-
-    @property
-    def selector(self) -> str:
-        return str(dig(self.config, "selector.name") or dig(self.result, "config.selector.name", "config.selector", "config.name") or "unknown")
-
-    @property
-    def warmup_visits(self) -> int:
-        known = dig(self.quality or {}, "warmup_visits")
-        return int(known if known is not None else dig(self.config, "selector.warmup_visits") or 0)
-
-    @property
-    def sources(self) -> list[str]:
-        return [str(source["url"]) for source in dig(self.config, "data.sources") or [] if isinstance(source, dict) and "url" in source]
+from pipeline.record.runs import Run, dig, number
 
 
 class Row(NamedTuple):
@@ -53,24 +24,6 @@ class Group(NamedTuple):
 
     title: str
     rows: list[Row]
-
-
-def dig(values: Any, *paths: str) -> Any:
-    """The first of some dotted paths that leads to something that is not None."""
-    for path in paths:
-        place = values
-        for part in path.split("."):
-            place = place.get(part) if isinstance(place, dict) else None
-        if place is not None:
-            return place
-    return None
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def percent(value: Any, digits: int = 1) -> str:
@@ -99,57 +52,66 @@ def seconds(value: Any) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
 
 
-def headline(runs: Sequence[Run]) -> str:
+def headline(runs: Sequence[Run]) -> list[str]:
     """What the first run reached, beside the others: sentences that hold for any numbers, good or bad."""
     main, rest = runs[0], runs[1:]
-    sentences = []
-    zero_shot = main.result.get("zero_shot") or {}
-    top1, chance = number(zero_shot.get("top1")), number(zero_shot.get("chance"))
-    if top1 is not None:
-        text = f"{main.label} names {percent(top1)} of {count(zero_shot.get('images'))} held-out images right among {count(zero_shot.get('classes'))} captions"
-        text += f", {_times(top1 / chance)} chance" if chance else ""
-        text += _others(main, rest, top1)
-        sentences.append(f"{text}.")
-    precision, by_chance = number(dig(main.quality or {}, "precision")), number(dig(main.quality or {}, "chance"))
-    if precision is not None and by_chance is not None:
-        text = f"Of the pairs it kept after warm-up {percent(precision, 0)} were clean, where a random choice gives {percent(by_chance, 0)}"
-        first, last = number(dig(main.quality, "precision_first")), number(dig(main.quality, "precision_last"))
-        if dig(main.quality, "rises") and first is not None and last is not None and last > first:
-            text += f"; it rose from {percent(first, 0)} to {percent(last, 0)} over its visits"
-        sentences.append(f"{text}.")
+    sentences = [sentence for sentence in (_accuracy(main, rest), _kept(main)) if sentence]
     if not sentences:
-        steps = max((line["step"] for line in main.metrics), default=None) or main.result.get("step")
-        sentences.append(f"{main.label} trained {count(steps)} steps and has not been evaluated yet." if steps else f"{main.label} has no figures yet.")
-    return " ".join(sentences)
+        steps = number(main.result.get("step")) or max((line["step"] for line in main.metrics), default=None)
+        sentences.append(
+            f"Run {main.label}: {count(steps)} steps, not evaluated yet." if steps else f"Run {main.label} has no figures yet."
+        )
+    return sentences
+
+
+def _accuracy(main: Run, rest: Sequence[Run]) -> str:
+    top1, chance, images, classes = (dig(main.result, f"zero_shot.{key}") for key in ("top1", "chance", "images", "classes"))
+    if number(top1) is None:
+        return ""
+    text = f"Trained with {main.label}, the model names {percent(top1)} of {count(images)} held-out images right"
+    text += f", with {count(classes)} captions to choose from"
+    text += f": {_times(top1 / chance)} chance" if number(chance) else ""
+    return " ".join(f"{sentence}." for sentence in (text, *(_other(main, other, top1) for other in rest)) if sentence)
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
-def _others(main: Run, rest: Sequence[Run], top1: float) -> str:
-    parts = []
-    for other in rest:
-        theirs = number(dig(other.result, "zero_shot.top1"))
-        if theirs is None:
-            continue
-        text = f"{other.label} {percent(theirs)}"
-        mine, other_trained = number(dig(main.result, "samples.trained")), number(dig(other.result, "samples.trained"))
-        if mine and other_trained:
-            same = abs(other_trained / mine - 1) < 0.01
-            text += " with as many trained samples" if same else f" with {other_trained / mine:.2g} times the trained samples"
-        errors = [number(dig(run.result, "zero_shot.top1_error")) for run in (main, other)]
-        if None not in errors and abs(top1 - theirs) < 2 * math.hypot(*errors):
-            text += " (no more apart than chance in the test images may bring)"
-        parts.append(text)
-    return f"; {', '.join(parts)}" if parts else ""
+def _other(main: Run, other: Run, top1: float) -> str:
+    theirs = number(dig(other.result, "zero_shot.top1"))
+    if theirs is None:
+        return ""
+    trained, other_trained = (number(dig(run.result, "samples.trained")) for run in (main, other))
+    budget = ""
+    if trained and other_trained:
+        ratio = other_trained / trained
+        budget = " on as many samples" if abs(ratio - 1) < 0.01 else f" on {ratio:.2g} times as many samples"
+    text = f"With {other.label}{budget} it is {percent(theirs)}"
+    errors = [number(dig(run.result, "zero_shot.top1_error")) for run in (main, other)]
+    if None not in errors and abs(top1 - theirs) < 2 * math.hypot(*errors):
+        text += ", no further away than the choice of test images explains"
+    return text
+
+
+def _kept(main: Run) -> str:
+    precision, chance, first, last = (
+        number(dig(main.quality or {}, key)) for key in ("precision", "chance", "precision_first", "precision_last")
+    )
+    if precision is None or chance is None:
+        return ""
+    text = f"After warm-up {percent(precision, 0)} of the pairs that {main.label} kept were clean"
+    text += f", where a random choice gives {percent(chance, 0)}"
+    if dig(main.quality or {}, "rises") and first is not None and last is not None and last > first:
+        text += f"; the share rose from {percent(first, 0)} at the first visit to {percent(last, 0)} at the last"
+    return f"{text}."
 
 
 def comparison(runs: Sequence[Run]) -> list[Group]:
     """All figures side by side. A row that no run has is left out; a group without rows too."""
     recall = [
-        (f"{name}, R@{k}", f"retrieval.{key}.r{k}", percent, +1, f"retrieval.{key}.chance.r{k}")
-        for name, key in (("image to text", "image_to_text"), ("text to image", "text_to_image"))
+        (f"{name} R@{k}", f"retrieval.{key}.r{k}", percent, +1, f"retrieval.{key}.chance.r{k}")
+        for name, key in (("image → text", "image_to_text"), ("text → image", "text_to_image"))
         for k in (1, 5, 10)
     ]
     groups: list[tuple[str, list[tuple[str, str, Callable[[Any], str], int, str]]]] = [
@@ -158,18 +120,18 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
             [
                 ("zero-shot top-1", "zero_shot.top1", percent, +1, "zero_shot.chance"),
                 ("zero-shot top-5", "zero_shot.top5", percent, +1, "zero_shot.chance_top5"),
-                ("linear probe top-1", "linear_probe.top1", percent, +1, "linear_probe.chance"),
+                ("linear probe", "linear_probe.top1", percent, +1, "linear_probe.chance"),
             ],
         ),
         ("Retrieval by caption, held-out images", recall),
         (
             "Selection after warm-up",
             [
-                ("clean share of the kept pairs", "selection.precision", percent, +1, "selection.chance"),
-                ("AUC, clean against noisy", "selection.auc", lambda value: _plain(value, 3), +1, ""),
-                ("never selected: all pairs", "selection.never_selected.all", percent, 0, ""),
-                ("never selected: clean pairs", "selection.never_selected.clean", percent, 0, ""),
-                ("never selected: noisy pairs", "selection.never_selected.noisy", percent, 0, ""),
+                ("clean among the kept", "selection.precision", percent, +1, "selection.chance"),
+                ("AUC clean/noisy", "selection.auc", lambda value: _plain(value, 3), +1, ""),
+                ("never selected, all", "selection.never_selected.all", percent, 0, ""),
+                ("never selected, clean", "selection.never_selected.clean", percent, 0, ""),
+                ("never selected, noisy", "selection.never_selected.noisy", percent, 0, ""),
             ],
         ),
         (
@@ -177,9 +139,9 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
             [
                 ("samples trained", "samples.trained", count, 0, ""),
                 ("samples scored", "samples.scored", count, 0, ""),
-                ("candidates per second, median", "rate", count, 0, ""),
-                ("seconds of training and scoring", "work", lambda value: _plain(value, 0), 0, ""),
-                ("seconds in all", "seconds.total", lambda value: _plain(value, 0), 0, ""),
+                ("candidates a second", "rate", count, 0, ""),
+                ("training and scoring, s", "work", lambda value: _plain(value, 0), 0, ""),
+                ("whole training, s", "seconds.total", lambda value: _plain(value, 0), 0, ""),
             ],
         ),
     ]
@@ -203,13 +165,13 @@ def _row(told: Sequence[dict], label: str, path: str, form: Callable[[Any], str]
     values = [number(dig(result, path)) for result in told]
     if all(value is None for value in values):
         return None
-    texts = [form(value) for value in values]
+    texts, chances = [form(value) for value in values], [number(dig(result, chance)) for result in told if chance]
     if path == "zero_shot.top1":
         errors = [number(dig(result, "zero_shot.top1_error")) for result in told]
-        texts = [f"{text} ± {100 * error:.1f}" if error else text for text, error in zip(texts, errors)]
+        texts = [f"{text.removesuffix(' %')} ± {100 * error:.1f} %" if error else text for text, error in zip(texts, errors)]
     there = [value for value in values if value is not None]
     best = max(there) if better and len(there) > 1 and len(set(there)) > 1 else None
-    by_chance = 0.5 if path == "selection.auc" else next((c for result in told if chance and (c := number(dig(result, chance))) is not None), None)
+    by_chance = 0.5 if path == "selection.auc" else next((value for value in chances if value is not None), None)
     return Row(label, form(by_chance) if by_chance is not None else "", texts, [best is not None and value == best for value in values])
 
 
@@ -218,26 +180,33 @@ def _plain(value: Any, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What was run: rows of (label, one text per run); a row that no run can fill is left out."""
+def facts(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[tuple[str, list[str]]]]:
+    """What was run: (label, text) of what all runs share, then (label, one text per run) of what differs; empty rows are left out."""
     rows: list[tuple[str, Callable[[Run], str]]] = [
         ("selector", _selector),
-        ("training pairs", lambda run: count(dig(run.result, "data.samples"))),
-        ("of these mismatched on purpose", _noise),
+        ("training pairs", _pairs),
         ("held-out images", lambda run: count(dig(run.result, "zero_shot.images", "retrieval.images"))),
         ("held-out captions", lambda run: count(dig(run.result, "retrieval.texts", "zero_shot.classes"))),
         ("steps", lambda run: count(run.result.get("step") or max((line["step"] for line in run.metrics), default=None))),
         ("visits of each pair", lambda run: _plain(max((number(line.get("visit")) or 0 for line in run.metrics), default=None), 1)),
         ("candidates a step", lambda run: _batch(run.config)),
         ("model", _model),
-        ("learning rate, seed", _rate_and_seed),
+        ("learning rate", lambda run: _setting(run, "optimizer.lr", "engine.lr", "engine.optimizer.lr", "lr")),
+        ("seed", lambda run: _setting(run, "seed", "run.seed", "data.seed")),
         ("device", lambda run: str(run.result.get("device") or "–")),
         ("undecodable samples", _bad),
+        ("wall time", _phases),
     ]
-    phases = {phase: None for run in runs for phase in (dig(run.result, "seconds") or {})}
-    rows += [(f"wall time: {phase}", lambda run, phase=phase: seconds(dig(run.result, f"seconds.{phase}"))) for phase in phases]
-    filled = [(label, [text(run) for run in runs]) for label, text in rows]
-    return [(label, texts) for label, texts in filled if any(text != "–" for text in texts)]
+    same, differ = [], []
+    for label, text in rows:
+        texts = [text(run) for run in runs]
+        if all(text == "–" for text in texts):
+            continue
+        if len(set(texts)) == 1:
+            same.append((label, texts[0]))
+        else:
+            differ.append((label, texts))
+    return same, differ
 
 
 def _selector(run: Run) -> str:
@@ -252,10 +221,13 @@ def _selector(run: Run) -> str:
     return f"{run.selector}: {', '.join(parts)}" if parts else run.selector
 
 
-def _noise(run: Run) -> str:
+def _pairs(run: Run) -> str:
     noise = dig(run.result, "data.noise")
-    share = number(dig(noise, "rate", "share") if isinstance(noise, dict) else noise)
-    return percent(share, 0) if share is not None else "–"
+    share = number(dig(noise, "rate", "share", "noisy") if isinstance(noise, dict) else noise)
+    if share is None and run.truth is not None and run.truth.num_rows:
+        share = pc.mean(run.truth["noisy"].cast(pa.int8())).as_py()
+    pairs = count(dig(run.result, "data.samples"))
+    return pairs if share is None or pairs == "–" else f"{pairs}, {percent(share, 0)} of them mismatched"
 
 
 def _batch(config: dict) -> str:
@@ -264,16 +236,23 @@ def _batch(config: dict) -> str:
 
 
 def _model(run: Run) -> str:
-    size, pixels = number(dig(run.result, "model.parameters")), dig(run.result, "model.image_size")
-    parts = [f"{size / 1e6:.1f} M parameters"] if size else []
-    parts += [f"{pixels} px"] if pixels else []
-    return ", ".join(parts) or "–"
+    towers = [tower for tower in (dig(run.config, "towers") or {}).values() if isinstance(tower, dict)]
+    names = [model for tower in towers if isinstance(model := tower.get("model"), str)]
+    size = number(dig(run.result, "model.parameters"))
+    pixels = dig(run.result, "model.image_size") or next((p for tower in towers if (p := dig(tower, "model.vision_cfg.image_size"))), None)
+    parts = [*names, f"{size / 1e6:.3g} M parameters" if size else "", f"{pixels} px" if pixels else ""]
+    return ", ".join(part for part in parts if part) or "–"
 
 
-def _rate_and_seed(run: Run) -> str:
-    rate, seed = dig(run.config, "optimizer.lr", "engine.lr", "engine.optimizer.lr", "lr"), dig(run.config, "seed", "run.seed", "data.seed")
-    parts = ([f"{rate:g}"] if number(rate) is not None else []) + ([f"seed {seed}"] if seed is not None else [])
-    return ", ".join(parts) or "–"
+def _setting(run: Run, *paths: str) -> str:
+    value = dig(run.config, *paths)
+    return f"{value:g}" if number(value) is not None else "–"
+
+
+def _phases(run: Run) -> str:
+    phases = dig(run.result, "seconds")
+    told = [f"{name} {seconds(value)}" for name, value in phases.items() if number(value)] if isinstance(phases, dict) else []
+    return ", ".join(told) or "–"
 
 
 def _bad(run: Run) -> str:

@@ -43,10 +43,12 @@ class Source(Base):
         parser.add_argument(
             "--min-count", type=int, default=0, help="only names drawn at least this often in the train split (default: all)"
         )
+        parser.add_argument("--shared", action="store_true", help="only names that artists of both splits draw: a closed vocabulary for zero-shot")
         parser.add_argument("--limit", type=int, help="a seeded subset of this many samples (default: all)")
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.split, self.size, self.min_count, self.limit = options.split, options.size, options.min_count, options.limit
+        self.shared = options.shared
         if self.size < 1:
             raise DataError(f"--size {self.size}: expected a number of pixels of at least 1")
         for pack in PACKS[self.split] + PACKS["train"]:
@@ -62,14 +64,21 @@ class Source(Base):
             "size": self.size,
             "min_count": self.min_count,
             "limit": self.limit,
+            "shared": self.shared,
             "packages": {name: importlib.metadata.version(name) for name in packages},
         }
 
     def plan(self, seed: int, captions: bool, window: int) -> Plan:
         every = icons(self.split)
         counts = Counter(icon.name for icon in icons("train")) if self.min_count else Counter()
+        both = {icon.name for icon in icons("train")} & {icon.name for icon in icons("test")} if self.shared else set()
         rows = np.array(
-            [row for row, icon in enumerate(every) if not self.min_count or counts[icon.name] >= self.min_count], dtype=np.int64
+            [
+                row
+                for row, icon in enumerate(every)
+                if (not self.min_count or counts[icon.name] >= self.min_count) and (not self.shared or icon.name in both)
+            ],
+            dtype=np.int64,
         )
         if self.limit is not None and not 0 < self.limit <= len(rows):
             raise DataError(f"--limit {self.limit}: there are {len(rows)} icons with these options; expected 1 to {len(rows)}")

@@ -1,0 +1,40 @@
+"""Fixtures that several rooms share: a small real data set, and an object store on loopback."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def icons_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 icons of 32 px in 4 shards, 80 of them with the caption of another name."""
+    from tools.make_shards import main
+
+    out = tmp_path_factory.mktemp("icons") / "train"
+    options = ["--limit", "200", "--size", "32", "--noise", "0.4", "--shard-size", "50", "--workers", "1"]
+    assert main(["icons", str(out), *options]) == 0
+    return out
+
+
+@pytest.fixture
+def moto_s3() -> Iterator[str]:
+    """The URL of an empty bucket of a real S3 server on loopback; AWS_* point every client of this process at it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()
+        boto3.client("s3").create_bucket(Bucket="shards")
+        yield "s3://shards"
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        S3FileSystem.clear_instance_cache()
+    server.stop()
