@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", help="'seen', 'all', or a file of class names for shards with .cls members")
     evaluate.add_argument("--templates", help="file of prompts with {}, one a line")
     evaluate.add_argument("--checkpoint", default="newest", help="newest, best, or a step")
+    evaluate.add_argument("--quiet", action="store_true", help="write result.json without printing it")
     report = commands.add_parser("report", help="one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run")
@@ -85,7 +86,8 @@ def evaluate(args: argparse.Namespace) -> int:
     described = {"model": {"parameters": facts["parameters"]}, "device": facts["device"], "data": {k: facts[k] for k in ("samples", "lanes", "groups")}}
     result |= described | {"config": {"selector": run.config.selector.name}, "selection": quality, "seconds": seconds}
     write_result(run.folder, result)
-    print(json.dumps({key: value for key, value in result.items() if key != "selection"}, indent=1))
+    if not args.quiet:
+        print(json.dumps({key: value for key, value in result.items() if key != "selection"}, indent=1))
     return 0
 
 

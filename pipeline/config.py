@@ -142,8 +142,6 @@ def override(values: dict, assignments: Iterable[str]) -> dict:
         if isinstance(place, list):
             place[_list_index(place, last, path)] = read_yaml(text, assignment)
         elif isinstance(place, dict):
-            if last == "name" and place.get("name") != text:
-                place.clear()  # another component: the settings of the one it replaces do not belong to it
             place[last] = read_yaml(text, assignment)
         else:
             raise ConfigError(f"{path}: {'.'.join(parents)} holds a single value and has no key {last!r}")

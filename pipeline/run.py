@@ -125,6 +125,7 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
     fetch = Fetch(sources, decoders, config.seed)
     data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
+    sources.check_cache(config.data, data.lanes, comm.local_size)
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
     groups = GroupSelector(selector, plan.batch // plan.groups, plan.keep(config.selector.rate))

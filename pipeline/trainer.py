@@ -64,23 +64,24 @@ class Trainer:
         with self.stop:
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
-                began = time.perf_counter()
-                self.record.trace.at(p.step)
-                with p.timed("data"):
-                    batch = self.data.next()
-                with p.timed("score"):
-                    features = self.score(batch)
-                    chosen, cosine = self.selector.select(batch, features, p.step)
-                with p.timed("train"):
-                    trained = self.engine.step(batch.take(chosen.rows), Selection(chosen.rows, chosen.weights), p.step)
-                self.advance(batch, chosen, features is not None, time.perf_counter() - began)
-                self.record.step(p, batch, chosen, cosine, trained, self.engine.rate(p.step - 1))
-                if self.evaluate and p.step % self.evaluate_every == 0:
-                    with p.timed("evaluate"):
-                        self.evaluate(p.step)
-                stopping = self.stop.agreed(p.step)
-                if stopping or p.step == self.steps or p.step % self.checkpoints.every == 0:
-                    self.save()
+                with p.timed("total"):
+                    self.record.trace.at(p.step)
+                    with p.timed("data"):
+                        batch = self.data.next()
+                    with p.timed("score"):
+                        features = self.score(batch)
+                        chosen, cosine = self.selector.select(batch, features, p.step)
+                    with p.timed("train"):
+                        trained = self.engine.step(batch.take(chosen.rows), Selection(chosen.rows, chosen.weights), p.step)
+                    self.advance(batch, chosen, features is not None)
+                    self.record.step(p, batch, chosen, cosine, trained, self.engine.rate(p.step - 1))
+                    if self.evaluate and p.step % self.evaluate_every == 0:
+                        with p.timed("evaluate"):
+                            self.evaluate(p.step)
+                    stopping = self.stop.agreed(p.step)
+                    if stopping or p.step == self.steps or p.step % self.checkpoints.every == 0:
+                        with p.timed("save"):
+                            self.save()
             self.record.close()
         return p.step == self.steps
 
@@ -93,7 +94,7 @@ class Trainer:
             self.record.flops = (forward_flops(self.engine, batch), measured_peak(self.engine.device, dtype))
         return self.engine.features(batch)
 
-    def advance(self, batch: Batch, chosen: Selection, scored: bool, seconds: float) -> None:
+    def advance(self, batch: Batch, chosen: Selection, scored: bool) -> None:
         """Counts one step."""
         p, size = self.progress, self.engine.comm.size
         p.step += 1
@@ -101,19 +102,15 @@ class Trainer:
         p.scored += len(batch) * size * scored
         p.trained += len(chosen.rows) * size
         p.visit = p.offered / self.data.lanes.layout.num_samples
-        p.seconds["total"] += seconds
 
     def save(self) -> None:
         """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
-        began = time.perf_counter()
         self.record.check_finite()
         self.record.flush(self.progress.step)
         table = self.selector.selector.state_dict()
         parts = [self.engine.save, lambda folder: checkpoint.write_lanes(folder, self.data.lanes, table)]
         facts = self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}
         checkpoint.write(self.folder, self.progress.step, self.engine.comm, facts, parts, self.checkpoints.keep)
-        self.progress.seconds["save"] += time.perf_counter() - began
-        self.progress.seconds["total"] += time.perf_counter() - began
 
     def resume(self) -> int:
         """Goes to the newest checkpoint, if there is one; its facts must be this run's. Gives the step. Raises CheckpointError."""

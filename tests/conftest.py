@@ -1,9 +1,12 @@
 """Fixtures that several rooms share: a small real data set, and an object store on loopback."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.runs import Launcher, arguments, command_line
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,20 @@ def moto_s3() -> Iterator[str]:
         boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         S3FileSystem.clear_instance_cache()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts training runs as processes of their own; see tests/runs.py."""
+    launcher = Launcher(tmp_path_factory.mktemp("logs"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def trained(icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished debug run, started as a user starts it. Read only."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    done = command_line([sys.executable, "-m", "pipeline", *arguments(icons_small, out)])
+    assert done.returncode == 0, done.stderr
+    return out

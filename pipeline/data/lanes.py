@@ -158,6 +158,10 @@ class RankLanes:
     def num_samples(self) -> int:
         return int(self.start[-1])
 
+    def open_pieces(self) -> int:
+        """Shards that these lanes read at a time: a window each."""
+        return sum(min(self.layout.window, len(pieces)) for pieces in self._pieces)
+
     def rows(self, step: int) -> Rows:
         """The candidates of this rank at `step`; b = N_b / R of each array. Any step, in any order, at the same cost within a visit."""
         count = self.layout.per_lane

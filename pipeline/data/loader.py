@@ -21,6 +21,7 @@ from pipeline.data.errors import BadSample, DataError
 from pipeline.data.index import Index
 from pipeline.data.lanes import Layout, RankLanes, Rows, SourceShape
 from pipeline.data.read import Reader
+from pipeline.data.storage import is_local
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch
 
@@ -83,6 +84,20 @@ class Sources:
     def digest(self) -> str:
         """One digest for all the indices; a checkpoint made with another is refused."""
         return "+".join(index.digest for index in self.indices)
+
+    def check_cache(self, config: DataConfig, lanes: RankLanes, local_ranks: int) -> None:
+        """Raises DataError when the node's cache cannot hold the windows of its lanes: every shard would be fetched again and again."""
+        remote = [index for index in self.indices if any(not is_local(url) for url in index.shards)]
+        if not remote or config.cache == "off":
+            return
+        largest = max(int(index.shard_bytes.max()) for index in remote)
+        need = min(lanes.open_pieces() * local_ranks * largest, sum(int(index.shard_bytes.sum()) for index in remote))
+        if need > config.cache_gb * 1e9:
+            raise DataError(
+                f"data.cache_gb {config.cache_gb}: the lanes of this node read {lanes.open_pieces() * local_ranks} shards of up to {largest / 1e6:.0f} MB at a "
+                f"time, {need / 1e9:.1f} GB. Raise data.cache_gb, lower data.lanes or data.window, write smaller shards, or set data.cache to 'off'"
+            )
+        print(f"shard cache {cache_folder(config)}: {need / 1e9:.2f} GB needed at a time, {config.cache_gb:g} GB allowed", flush=True)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Global sample id -> (source, row of its index)."""

@@ -1,5 +1,6 @@
 """The one object that knows of other processes; everything else takes it as an argument."""
 
+import os
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ class Comm(Protocol):
 
     rank: int
     size: int
+    local_size: int  # ranks on this node
 
     def gather(self, x: Tensor) -> Tensor:
         """[n, ...] of each rank -> [size * n, ...], in rank order; its backward sums the gradients that all ranks have for `x`."""
@@ -32,7 +34,7 @@ class Comm(Protocol):
 class LocalComm:
     """Rank 0 of 1: what one process and unit tests use."""
 
-    rank, size = 0, 1
+    rank, size, local_size = 0, 1, 1
 
     def gather(self, x: Tensor) -> Tensor:
         return x
@@ -55,6 +57,7 @@ class GroupComm:
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x)

@@ -216,8 +216,6 @@ def test_download_of_a_killed_process_is_taken_over(server: Server, tmp_path: Pa
     process.start()
     while not server.asked:
         time.sleep(0.01)
-    while not held(tmp_path):
-        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert [name for name in os.listdir(tmp_path) if name.endswith(".part")]

@@ -41,6 +41,9 @@ def test_a_wrong_answer_of_equal_score_comes_first():
     texts = angles(10, -10)  # both at the same angle from the image
     assert ranks(angles(0), texts, torch.tensor([[0, 0]])).tolist() == [1]
     assert ranks(angles(0), texts, torch.tensor([[0, 1]])).tolist() == [1]
+    # a cosine that is lower by less than float32 can tell is an equal one; at 0.01 radians the difference is 5e-5
+    close = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [1.0, -1e-2]])
+    assert ranks(angles(0), close, torch.tensor([[0, 0]])).tolist() == [1]
     # two right answers of equal score do not stand in each other's way
     assert ranks(angles(0), texts, torch.tensor([[0, 0], [0, 1]])).tolist() == [0]
 

@@ -68,6 +68,14 @@ def test_error_bar_grows_when_the_images_of_a_class_are_one_drawing():
     assert zero_shot(one_each, classes, labels) == single
 
 
+def test_error_bar_draws_classes_evenly():
+    """Two classes, one image hit and nine missed: 1, .1, .1, 0 with equal chance, whose standard deviation is .406."""
+    labels = torch.tensor([0] + [1] * 9)
+    result = zero_shot(torch.eye(2)[0].expand(10, -1), torch.eye(2), labels, resamples=20_000)
+    assert result["top1"] == pytest.approx(0.1)
+    assert result["top1_error"] == pytest.approx(0.165**0.5, abs=0.01)
+
+
 def test_templates_are_normalised_averaged_and_normalised():
     features = torch.tensor([[[4.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [0.0, 7.0]]])
     half = 0.5**0.5

@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv; a second time that takes a moment.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools/torchvision_cpu.py | cksum | cut -d ' ' -f 1)
+TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
+
+.PHONY: env demo data test test-slow lint bench clean
+
+env: $(READY)
+
+# torch is named beside the extras: asked for by a dependency alone, pip would take the newest build with gigabytes of CUDA
+$(READY):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,demo,dev]'
+	$(BIN)/python tools/torchvision_cpu.py
+	rm -f .venv/.ready-* && touch $@
+
+data: env
+	$(BIN)/python -m tools.make_shards icons data/icons/train --split train --min-count 4 --shared --size 32 --noise 0.4
+	$(BIN)/python -m tools.make_shards icons data/icons/test --split test --min-count 4 --shared --size 32
+
+# the whole story on real data: shards, two runs that differ in the selector alone, their evaluation, one page
+demo: data
+	$(TRAIN) out=runs/demo/dissect
+	$(TRAIN) out=runs/demo/random selector.name=random
+	$(BIN)/python -m pipeline evaluate runs/demo/dissect --quiet
+	$(BIN)/python -m pipeline evaluate runs/demo/random --quiet
+	$(BIN)/python -m pipeline report runs/demo/dissect runs/demo/random --out runs/demo/report.html
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/python tools/check_size.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# minutes: twenty kills, and everything else that is marked slow
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+bench: env
+	$(BIN)/python -m benchmarks.kernel
+	$(BIN)/python -m benchmarks.selector --name dissect
+	$(BIN)/python -m benchmarks.loader
+
+clean:
+	rm -rf .venv data runs

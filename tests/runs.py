@@ -1,0 +1,201 @@
+"""Starts real training runs for the tests, and compares what they left behind bit for bit.
+
+`Launcher` is a process that has imported everything and forks a child for every command: the child is an ordinary process with its own
+pid that can be killed, but it starts in a tenth of a second and not in five.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+ROOT = Path(__file__).parent.parent
+DEBUG = ROOT / "configs" / "pretrain" / "debug.yaml"
+PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
+
+
+def arguments(data: Path, out: Path, *overrides: str) -> list[str]:
+    """`train configs/pretrain/debug.yaml` on given shards into a given folder."""
+    return ["train", str(DEBUG), f"out={out}", f"data.sources=[{{url: {data}}}]", "evaluation.data=null", *overrides]
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE, every: float = 0.005) -> Any:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(every)
+    return value
+
+
+def free_environment(**more: str) -> dict[str, str]:
+    """This environment without what a launcher of ranks sets."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    return {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("ACCELERATE_")} | more
+
+
+def command_line(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs a whole command line in the repository, as a user would."""
+    return subprocess.run(command, cwd=ROOT, env=free_environment(**environment), capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+class Child:
+    """One command that runs in a process of its own."""
+
+    def __init__(self, launcher: "Launcher", pid: int, log: Path) -> None:
+        self.launcher, self.pid, self.log = launcher, pid, log
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code as subprocess gives it (minus the signal that killed it), None while it runs."""
+        if self._code is None:
+            self._code = self.launcher.ask({"poll": self.pid})
+        return self._code
+
+    def wait(self) -> int:
+        """The exit code; a process that hangs is killed and fails the test."""
+        try:
+            wait_for(lambda: self.poll() is not None, f"process {self.pid}, {self.log}", every=0.01)
+        except AssertionError:
+            self.kill(signal.SIGKILL)
+            raise
+        return self._code
+
+    def kill(self, number: int) -> bool:
+        """Sends a signal; False when the process had ended before."""
+        if self.poll() is not None:
+            return False
+        os.kill(self.pid, number)
+        return True
+
+    def finish(self) -> str:
+        """Waits for exit code 0; gives stdout and stderr."""
+        code = self.wait()
+        assert code == 0, f"exit code {code}\n{self.output()}"
+        return self.output()
+
+    def output(self) -> str:
+        """stdout and stderr so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Launcher:
+    """See the module's docstring. One for a test session."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self._count = logs, 0
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.runs"], cwd=ROOT, env=free_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, message: dict[str, Any]) -> Any:
+        """One line of JSON there, one back."""
+        self._server.stdin.write(json.dumps(message) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, command: Sequence[str], **environment: str) -> Child:
+        """Starts `python -m pipeline COMMAND`, or `python -m MODULE ...` where the first word has a dot."""
+        self._count += 1
+        log = self.logs / f"{self._count:04d}.log"
+        pid = self.ask({"run": list(command), "log": str(log), "environment": environment})
+        return Child(self, pid, log)
+
+    def run(self, command: Sequence[str], **environment: str) -> str:
+        """Starts and waits for exit code 0; gives stdout and stderr."""
+        return self.start(command, **environment).finish()
+
+    def ranks(self, size: int, command: Sequence[str], port: int) -> list[Child]:
+        """Starts one process for each rank with the variables that torchrun sets."""
+        world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [self.start(command, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(size)]
+
+    def close(self) -> None:
+        """Ends the server; the children have ended by then."""
+        self._server.stdin.close()
+        self._server.wait(10)
+
+
+def losses(folder: Path) -> list[tuple]:
+    """(step, loss, gradient norm) of every line of metrics.jsonl that is a training step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def selection_log(folder: Path) -> pa.Table:
+    """The selection log of all ranks: by step, within a step in the order of the batch."""
+    parts = [pq.read_table(path) for path in sorted((folder / "selection").glob("*.parquet"))]
+    return pa.concat_tables(parts).sort_by([("step", "ascending"), ("sample", "ascending")])
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest folder with a COMMIT."""
+    return sorted(path.parent for path in (folder / "checkpoints").glob("*/COMMIT"))[-1]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Loss trace, chosen samples with their scores, score table, weights and optimizer state are equal to the last bit."""
+    assert losses(one) == losses(other)
+    assert selection_log(one).equals(selection_log(other))
+    here, there = last_checkpoint(one), last_checkpoint(other)
+    assert here.name == there.name
+    tables = [sorted(path.name for path in folder.glob("lanes-*.parquet")) for folder in (here, there)]
+    assert tables[0] == tables[1] and tables[0]
+    for name in tables[0]:
+        assert pq.read_table(here / name).equals(pq.read_table(there / name)), name
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+    states = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (here, there)]
+    assert states[0].keys() == states[1].keys() and states[0]
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+
+
+def _serve() -> None:
+    """The launcher's side: reads commands from stdin, forks, answers."""
+    import accelerate.checkpointing
+    import safetensors.torch
+    import tokenizers
+    import torch.utils.data
+    import torch.utils.tensorboard
+
+    import pipeline.evaluation.evaluate
+    import pipeline.run
+    import pipeline.towers.linear  # noqa: F401
+
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "run" in message:
+            sys.stdout.flush()
+            answer: int | None = os.fork() or _become(message)
+        else:
+            pid, status = os.waitpid(message["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        print(json.dumps(answer), flush=True)
+
+
+def _become(message: dict[str, Any]) -> int:
+    """The child: the command with its output in the log."""
+    import runpy
+
+    os.environ.update(message["environment"])
+    log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    module, *rest = message["run"] if "." in message["run"][0] else ["pipeline", *message["run"]]
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)  # ends in sys.exit
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    _serve()
