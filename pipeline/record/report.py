@@ -219,4 +219,4 @@ def _retrieval(runs: Sequence[Run]) -> list[dict]:
                 {"right": bool(i.get("right")), "caption": str(i.get("caption", "")), "uri": data_uri(next(pairs).image)} for i in images
             ]
             blocks.setdefault(caption, []).append({"label": run.label, "images": shown})
-    return [{"caption": caption, "strips": strips} for caption, strips in list(blocks.items())[:CAPTIONS_SHOWN]]
+    return [{"caption": caption, "strips": strips} for caption, strips in list(blocks.items())[: CAPTIONS_SHOWN if len(runs) <= 2 else 6]]

@@ -240,7 +240,11 @@ def _model(run: Run) -> str:
     names = [model for tower in towers if isinstance(model := tower.get("model"), str)]
     size = number(dig(run.result, "model.parameters"))
     pixels = dig(run.result, "model.image_size") or next((p for tower in towers if (p := dig(tower, "model.vision_cfg.image_size"))), None)
-    parts = [*names, f"{size / 1e6:.3g} M parameters" if size else "", f"{pixels} px" if pixels else ""]
+    parts = [
+        *names,
+        f"{f'{size / 1e6:.3g} M' if size >= 1e6 else count(size)} parameters" if size else "",
+        f"{pixels} px" if pixels else "",
+    ]
     return ", ".join(part for part in parts if part) or "–"
 
 
