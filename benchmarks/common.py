@@ -1,5 +1,6 @@
 """What every benchmark shares: interleaved timing, peak memory in a child process, a description of the machine, one JSON."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -49,6 +50,7 @@ def extra_memory(call: Callable[[], Any]) -> float | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again unseen
     reset.write_text("5")  # the high-water mark starts again from here
     before = _kib(status, "VmRSS")
     call()

@@ -73,12 +73,13 @@ def evaluate(args: argparse.Namespace) -> int:
         held = HeldOut.open(config, run.config.data, lambda: set(sources.captions()))
         result, examples = measure(held, config, run.decoders, run.encode, run.device)
         (run.folder / "evaluation").mkdir(exist_ok=True)
-        (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     if args.data:
         name = "".join(c if c.isalnum() else "-" for c in args.data).strip("-")
         (run.folder / "evaluation" / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(json.dumps(result, indent=1))
         return 0
+    if config.data:
+        (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     quality = judge_selection(run.folder, sources, [s.url for s in run.config.data.sources], run.config.selector.warmup_visits)
     facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))
     done = json.loads((run.folder / "result.json").read_text(encoding="utf-8")) if (run.folder / "result.json").is_file() else {}

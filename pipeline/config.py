@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """Base of every config: frozen, no unknown keys, no silent conversions ("3" is not 3; 1 may stand where a float is meant)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,11 +91,15 @@ def component(package: str, base: type[Component]) -> Any:
             message = f"needs 'name'. Known: {', '.join(names_in(package))}"
             raise ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=PydanticCustomError("name", message), loc=("name",), input=value)])
         name = value["name"]
-        if "." not in name and name not in names_in(package):
-            error = PydanticCustomError("name", unknown(f"module in {package}:", name, names_in(package)))
-            raise ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=error, loc=("name",), input=name)])
-        module = importlib.import_module(name if "." in name else f"{package}.{name}")
-        return module.Config.model_validate(value)
+        if "." in name:
+            return _outside(name, base).model_validate(value)
+        if name not in names_in(package):
+            raise refused(name, unknown(f"module in {package}:", name, names_in(package)))
+        return importlib.import_module(f"{package}.{name}").Config.model_validate(value)
+
+    def refused(name: str, message: str) -> ValidationError:
+        error = PydanticCustomError("name", message)
+        return ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=error, loc=("name",), input=name)])
 
     return Annotated[SerializeAsAny[base], BeforeValidator(resolve), Field(description=f"one of {package}")]
 

@@ -24,8 +24,8 @@ PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that
 
 
 def arguments(data: Path, out: Path, *overrides: str) -> list[str]:
-    """`train configs/pretrain/debug.yaml` on given shards into a given folder."""
-    return ["train", str(DEBUG), f"out={out}", f"data.sources=[{{url: {data}}}]", "evaluation.data=null", *overrides]
+    """`train configs/pretrain/debug.yaml` on given shards into a given folder; one thread, because two wait for each other on a busy machine."""
+    return ["train", str(DEBUG), f"out={out}", f"data.sources=[{{url: {data}}}]", "evaluation.data=null", "engine.threads=1", *overrides]
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE, every: float = 0.005) -> Any:
@@ -170,11 +170,13 @@ def _serve() -> None:
     import accelerate.checkpointing
     import safetensors.torch
     import tokenizers
+    import torch._inductor.config
     import torch.utils.data
-    import torch.utils.tensorboard
 
     import pipeline.evaluation.evaluate
+    import pipeline.objectives.clip
     import pipeline.run
+    import pipeline.selection.dissect
     import pipeline.towers.linear  # noqa: F401
 
     for line in sys.stdin:

@@ -82,7 +82,7 @@ def start(config: EngineConfig, folder: Path, trackers: list[str]) -> tuple[Acce
         raise ConfigError(f"accelerate started {accelerator.distributed_type}; this version runs one process, or data-parallel CPU and GPU processes")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_deterministic_debug_mode("error")
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a small model 4 % of its step
     return accelerator, connect(accelerator.device)
 

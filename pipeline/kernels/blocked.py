@@ -20,7 +20,8 @@ from pipeline.kernels import careful
 from pipeline.kernels.clip import Problem
 
 _LOG2E = math.log2(math.e)
-_STRIP = 512  # rows of a strip; fewer pay more for adding up the columns' gradients
+_STRIP = 512  # rows of a strip in forward
+_TALL = 1024  # in backward: fewer strips to add up the columns' gradients over
 _ELEMENTS = 2**18  # of a block of element-wise work: what it reads and writes stays in a 1 to 2 MB cache
 _PIECE = 1024  # columns whose gradient is added at a time
 _HEADROOM = 86.0  # nats above the shift before exp2 overflows float32 (at 88.7)
@@ -124,19 +125,19 @@ class _Probabilities:
 
     def write(self, out: Tensor, x: Tensor, y: Tensor, first: int, offset: int, exact: torch.dtype) -> None:
         rows, total = out.shape
-        source = out
-        if self.logits is not None and first < self.logits.shape[0]:
-            source = self.logits[first : first + rows]
-        else:
-            _write_logits(out, x, y, self.s, self.shift, offset + first)
+        kept = 0 if self.logits is None else min(max(self.logits.shape[0] - first, 0), rows)
+        if kept < rows:
+            _write_logits(out[kept:], x[kept:], y, self.s, self.shift, offset + first + kept)
         height = min(rows, max(1, _ELEMENTS // total))
         exps, factors = torch.empty(height, total, dtype=exact), torch.empty(height, total, dtype=exact)
-        for k in range(0, rows, height):
-            block = out[k : k + height]
-            e, alpha = exps[: block.shape[0]], self.alpha[first + k : first + k + block.shape[0], None]
-            torch.exp2(_widened(source[k : k + height], e), out=e)
-            e.mul_(alpha if self.beta is None else torch.add(alpha, self.beta, out=factors[: block.shape[0]]))
-            block.copy_(e)
+        for start, stop in ((0, kept), (kept, rows)):
+            for k in range(start, stop, height):
+                end = min(k + height, stop)
+                block, alpha, e = out[k:end], self.alpha[first + k : first + end, None], exps[: end - k]
+                logits = self.logits[first + k : first + end] if k < kept else block
+                torch.exp2(_widened(logits, e), out=e)
+                e.mul_(alpha if self.beta is None else torch.add(alpha, self.beta, out=factors[: end - k]))
+                block.copy_(e)
 
 
 def _sums(
@@ -167,7 +168,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, y (in `dtype`) and s, strip by strip: P from `rule`, then dx = P y and dy += P' x, own pairs apart."""
     rows, width, exact = x.shape[0], x.shape[1], own.dtype
-    strip = _strip_rows(rows)
+    strip = _tall_rows(rows)
     probabilities = torch.empty(strip, y.shape[0], dtype=x.dtype)
     dx, dy = (torch.empty(x.shape, dtype=dtype) if needs[0] else None), (torch.zeros(y.shape, dtype=exact) if needs[1] else None)
     narrow, wide = torch.empty(max(strip, _PIECE), width, dtype=x.dtype), torch.empty(max(strip, _PIECE), width, dtype=exact)
@@ -227,6 +228,10 @@ def _widened(block: Tensor, out: Tensor) -> Tensor:
 
 def _strip_rows(rows: int) -> int:
     return min(_STRIP, max(16, rows // 8))
+
+
+def _tall_rows(rows: int) -> int:
+    return min(_TALL, max(16, rows // 4))
 
 
 def _kept_rows(rows: int, width: int) -> int:

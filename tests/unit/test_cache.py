@@ -212,9 +212,11 @@ def test_processes_under_a_cap_of_two_shards(server: Server, tmp_path: Path) -> 
 def test_download_of_a_killed_process_is_taken_over(server: Server, tmp_path: Path) -> None:
     server.delay_s = 60
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_reader, args=(server.url, str(tmp_path), 2 * SIZE, [1], context.Queue()))
+    queue = context.Queue()
+    process = context.Process(target=_reader, args=(server.url, str(tmp_path), 2 * SIZE, [1], queue))
     process.start()
     while not server.asked:
+        assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
