@@ -1,6 +1,6 @@
 """Does selection help? The demo's recipe over several seeds: every selector after the same warm-up, with the same number of trained pairs.
 
-    python -m benchmarks.selection --seeds 3 [--selectors dissect random ...] [--json FILE] [key.path=value ...]
+    python -m benchmarks.selection --seeds 3 [--selectors dissect,random,...] [--json FILE] [key.path=value ...]
 
 Runs are real training runs in `--out`; started again, finished ones are not repeated. `random+time` is random given as many more visits as
 fit into the wall-clock that dissect took in this very comparison: what the scoring pass costs, spent on training instead.
@@ -73,19 +73,20 @@ def main() -> None:
     """Prints the table and the paired differences to random."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--selectors", nargs="+", default=["dissect", "random", "random+time", "clip_score", "small_loss", "big_loss", "keep_all"])
+    arguments.add_argument("--selectors", default="dissect,random,random+time,clip_score,small_loss,big_loss,keep_all")
     arguments.add_argument("--out", type=Path, default=Path("runs/benchmarks/selection"))
     arguments.add_argument("--json", type=Path)
-    args, overrides = arguments.parse_known_args()
+    arguments.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = arguments.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
-    for name in args.selectors:
+    for name in args.selectors.split(","):
         rows[name] = []
         for seed in range(args.seeds):
             more = []
             if name == "random+time":
                 extra = rows["dissect"][seed]["seconds"] / rows["random"][seed]["seconds"]
                 more = [f"visits={VISITS * extra:.1f}"]
-            result = run(name, seed, [f"selector.name={name.partition('+')[0]}", *more, *overrides], args.out)
+            result = run(name, seed, [f"selector.name={name.partition('+')[0]}", *more, *args.overrides], args.out)
             rows[name].append(figures(result))
             print(f"{name} seed {seed}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[name][-1].items()), flush=True)
     print(table(rows))
@@ -94,7 +95,7 @@ def main() -> None:
         if name != "dissect" and "dissect" in rows:
             compared[name] = {key: paired(rows, key, "dissect", name) for key in ("top1", "text_to_image_r1", "precision", "seconds")}
             print(f"dissect - {name}: " + "; ".join(f"{k} {v['mean']:+.2f} ({v['wins']}/{v['of']})" for k, v in compared[name].items()))
-    save(args.json, {"runs": rows, "dissect_minus": compared, "overrides": overrides} | machine(["accelerate", "open_clip_torch"]))
+    save(args.json, {"runs": rows, "dissect_minus": compared, "overrides": args.overrides} | machine(["accelerate", "open_clip_torch"]))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,12 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     names = sorted(str(name) for name in known)
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    # braces would be read as a format template by pydantic
-    return f"unknown {kind} {str(given)!r}.{guess} Known: {', '.join(names)}".replace("{", "(").replace("}", ")")
+    return _plain(f"unknown {kind} {str(given)!r}.{guess} Known: {', '.join(names)}")
+
+
+def _plain(message: str) -> str:
+    """Without braces, which pydantic would read as a template's."""
+    return message.replace("{", "(").replace("}", ")")
 
 
 def names_in(package: str) -> list[str]:
@@ -87,37 +91,64 @@ def component(package: str, base: type[Component]) -> Any:
     def resolve(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if not isinstance(value.get("name"), str):
-            message = f"needs 'name'. Known: {', '.join(names_in(package))}"
-            raise ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=PydanticCustomError("name", message), loc=("name",), input=value)])
-        name = value["name"]
-        if "." in name:
-            return _outside(name, base).model_validate(value)
-        if name not in names_in(package):
-            raise refused(name, unknown(f"module in {package}:", name, names_in(package)))
-        return importlib.import_module(f"{package}.{name}").Config.model_validate(value)
-
-    def refused(name: str, message: str) -> ValidationError:
-        error = PydanticCustomError("name", message)
-        return ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=error, loc=("name",), input=name)])
+        name = value.get("name")
+        try:
+            return _config_of(name, package, base).model_validate(value)
+        except _NoComponent as error:
+            reason = PydanticCustomError("name", _plain(str(error)))
+            raise ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=reason, loc=("name",), input=name)]) from None
 
     return Annotated[SerializeAsAny[base], BeforeValidator(resolve), Field(description=f"one of {package}")]
 
 
+class _NoComponent(Exception):
+    """A name that stands for no component."""
+
+
+def _config_of(name: Any, package: str, base: type[Component]) -> type[Component]:
+    """The Config that a name stands for. Raises _NoComponent where it stands for none; what goes wrong inside a module comes through."""
+    if not isinstance(name, str):
+        raise _NoComponent(f"needs 'name'. Known: {', '.join(names_in(package))}")
+    if "." not in name and name not in names_in(package):
+        raise _NoComponent(unknown(f"module in {package}:", name, names_in(package)))
+    path = name if "." in name else f"{package}.{name}"
+    try:
+        config = getattr(importlib.import_module(path), "Config", None)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise _NoComponent(f"there is no module {error.name!r}; is the folder that holds it on PYTHONPATH?") from None
+    if not isinstance(config, type) or not issubclass(config, base):
+        raise _NoComponent(f"the module {path} has no class Config({base.__name__})")
+    return config
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with the two traps removed: `3e-4` is a number, and a key written twice is an error instead of a silent overwrite."""
+    """YAML without its traps: `3e-4` is a number, `off` and `10:20` are text (in YAML 1.1 False and 620), and a key written twice is
+    an error instead of a silent overwrite."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012, PyYAML's own way; filled below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict):
+                raise yaml.constructor.ConstructorError(None, None, "a list or a mapping cannot be a key", key_node.start_mark)
             if key in seen:
                 raise ConfigError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is written twice; remove one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(0|[1-9][\d_]*)|0x[\da-fA-F]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf)|\.nan", [*"-+0123456789."]),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
 
 
 def read_yaml(text: str, where: str = "<text>") -> Any:
@@ -191,7 +222,12 @@ def load(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) ->
     if not path.is_file():
         near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such config file." + (f" In that folder: {', '.join(near)}" if near else ""))
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: it is not UTF-8 ({error})") from None
+    values = read_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(values).__name__}")
     return parse(cls, override(values, overrides), str(path))

@@ -4,6 +4,7 @@
 pid that can be killed, but it starts in a tenth of a second and not in five.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -20,11 +21,15 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "pretrain" / "debug.yaml"
+PRELOADED = (
+    *("accelerate.checkpointing", "safetensors.torch", "tokenizers", "torch._inductor.config", "pipeline.evaluation.evaluate", "pipeline.run"),
+    *("pipeline.towers.linear", "pipeline.objectives.clip", "pipeline.selection.dissect"),
+)
 PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
 
 
 def arguments(data: Path, out: Path, *overrides: str) -> list[str]:
-    """`train configs/pretrain/debug.yaml` on given shards into a given folder; one thread, because two wait for each other on a busy machine."""
+    """`train configs/pretrain/debug.yaml` on given shards into a given folder; one thread: two wait for each other on a busy machine."""
     return ["train", str(DEBUG), f"out={out}", f"data.sources=[{{url: {data}}}]", "evaluation.data=null", "engine.threads=1", *overrides]
 
 
@@ -45,7 +50,8 @@ def free_environment(**more: str) -> dict[str, str]:
 
 def command_line(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
     """Runs a whole command line in the repository, as a user would."""
-    return subprocess.run(command, cwd=ROOT, env=free_environment(**environment), capture_output=True, text=True, timeout=PATIENCE, check=False)
+    env = free_environment(**environment)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 class Child:
@@ -167,18 +173,8 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 def _serve() -> None:
     """The launcher's side: reads commands from stdin, forks, answers."""
-    import accelerate.checkpointing
-    import safetensors.torch
-    import tokenizers
-    import torch._inductor.config
-    import torch.utils.data
-
-    import pipeline.evaluation.evaluate
-    import pipeline.objectives.clip
-    import pipeline.run
-    import pipeline.selection.dissect
-    import pipeline.towers.linear  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     for line in sys.stdin:
         message = json.loads(line)
         if "run" in message:

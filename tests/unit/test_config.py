@@ -63,7 +63,8 @@ def test_an_unknown_component_is_refused_with_a_guess() -> None:
     for name in names_in("pipeline.selection"):
         assert name in said
     assert "base" not in said.split("Known:")[1] and "scores" not in said.split("Known:")[1]
-    assert "objectives.clip.name" in error_of("objectives.clip.name=klip") and "towers.student.name" in error_of("towers.student.name=3.5e")
+    assert "objectives.clip.name: unknown module in pipeline.objectives: 'klip'" in error_of("objectives.clip.name=klip")
+    assert "towers.student.name: needs 'name'" in error_of("towers.student.name=3")
 
 
 def test_a_component_without_a_name_is_told_which_there_are() -> None:
@@ -83,7 +84,7 @@ def test_a_component_without_a_name_is_told_which_there_are() -> None:
         ("optimizer.lr=true", "optimizer.lr"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("visits=.inf", "visits"),
-        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9, 0.98, 0.99]", "optimizer.betas"),
         ('optimizer.betas=["0.9", 0.98]', "optimizer.betas"),
         ("engine.deterministic=1", "engine.deterministic"),
         ("engine.precision=fp16", "engine.precision"),
@@ -104,9 +105,11 @@ def test_a_value_of_the_wrong_type_or_size_is_refused_by_full_path(assignment: s
 
 
 def test_yaml_numbers_are_what_they_look_like(tmp_path: Path) -> None:
-    values = read_yaml("a: 3e-4\nb: 1E6\nc: -2.5e+3\nd: 1e5x\ne: 12\nf: 1_000e3\n")
-    assert values == {"a": 3e-4, "b": 1e6, "c": -2500.0, "d": "1e5x", "e": 12, "f": 1e6}
-    assert all(isinstance(values[key], float) for key in "abcf")
+    values = read_yaml("[3e-4, 1E6, -2.5e+3, 1_000e3, .5, 2., 12, -3, 0x10, 1_000, true, null, ~, .inf]")
+    assert values == [3e-4, 1e6, -2500.0, 1e6, 0.5, 2.0, 12, -3, 16, 1000, True, None, None, math.inf]
+    assert [type(value) for value in values[:9]] == [float] * 6 + [int] * 3
+    words = ["off", "no", "on", "10:20", "1e5x", "2026-11-21", "3.5.1", "1.2e", "-", "y"]
+    assert read_yaml(f"[{', '.join(words)}]") == words  # YAML 1.1 makes False, True, 620 and a date of some of these
     config = load(RunConfig, DEBUG, ["optimizer.lr=3e-4", "visits=2", "engine.clip_grad_norm=1"])
     assert config.optimizer.lr == 3e-4
     assert isinstance(config.visits, float) and isinstance(config.engine.clip_grad_norm, float)  # an int where a float is meant
@@ -143,7 +146,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_dicts_and_list_items() -> None:
-    config = load(RunConfig, DEBUG, ["selector.rate=0.25", "data.sources.0.url=s3://bucket/a=b", "data.cache=off", "record.trackers=[tensorboard]"])
+    changes = ["selector.rate=0.25", "data.sources.0.url=s3://bucket/a=b", "data.cache=off", "record.trackers=[tensorboard]"]
+    config = load(RunConfig, DEBUG, changes)
     assert config.selector.rate == 0.25 and config.data.sources[0].url == "s3://bucket/a=b"
     assert config.data.cache == "off" and config.record.trackers == ["tensorboard"]
     assert override({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
@@ -222,12 +226,16 @@ def test_an_objective_that_reads_what_no_tower_gives_is_refused(lab) -> None:
 
 
 def test_a_broken_import_inside_a_component_is_not_called_unknown(lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab("broken", "import a_library_that_is_not_there\n\nclass Config:\n    pass\n")
+    lab("broken", "import a_library_that_is_not_there\n\nclass Config(object):\n    pass\n")
     monkeypatch.setattr(pipeline.selection, "__path__", [*pipeline.selection.__path__, str(tmp_path / "lab")])
     for name in ("broken", "lab.broken"):  # a file in the folder, and one outside of it
         with pytest.raises(ModuleNotFoundError) as caught:
             load(RunConfig, DEBUG, [f"selector.name={name}"])
         assert caught.value.name == "a_library_that_is_not_there"
+    lab("failing", "class Config(object):\n    pass\n\n{}['key of its own']\n")
+    for name in ("failing", "lab.failing"):
+        with pytest.raises(KeyError, match="key of its own"):
+            load(RunConfig, DEBUG, [f"selector.name={name}"])
 
 
 def test_a_dotted_name_that_is_no_component_is_refused(lab) -> None:
@@ -240,8 +248,9 @@ def test_a_dotted_name_that_is_no_component_is_refused(lab) -> None:
 
 def variants(field: FieldInfo) -> list[Any]:
     """Values that a field may take; those that do not fit are refused by its Config."""
-    literals = [v for part in (field.annotation, *typing.get_args(field.annotation)) if typing.get_origin(part) is Literal for v in typing.get_args(part)]
-    return [*literals, True, False, 7, 301, 0.25, "something", "ViT-B-32", {"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}]
+    parts = [field.annotation, *typing.get_args(field.annotation)]
+    literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+    return [*literals, True, False, 7, 301, 0.25, "text", "ViT-B-32", {"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}]
 
 
 @pytest.mark.parametrize(("folder", "name"), COMPONENTS)
