@@ -76,10 +76,10 @@ def _plain(message: str) -> str:
 def names_in(package: str) -> list[str]:
     """The modules of a registry folder that a config may name; `base` and what starts with an underscore are no components."""
     folder = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base" and not m.name.startswith("_") and _is_component(m, package))
+    return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base" and not m.name.startswith("_") and _is_component(m))
 
 
-def _is_component(module: pkgutil.ModuleInfo, package: str) -> bool:
+def _is_component(module: pkgutil.ModuleInfo) -> bool:
     """Reads the file instead of importing it: a folder is listed without the heavy imports of its members."""
     source = Path(module.module_finder.path) / f"{module.name}.py"
     return source.is_file() and re.search(r"^class Config\(", source.read_text(encoding="utf-8"), re.MULTILINE) is not None
@@ -136,7 +136,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, list | dict):
                 raise yaml.constructor.ConstructorError(None, None, "a list or a mapping cannot be a key", key_node.start_mark)
             if key in seen:
-                raise ConfigError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is written twice; remove one of them")
+                mark = key_node.start_mark
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} is written twice; remove one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -21,10 +21,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "pretrain" / "debug.yaml"
-PRELOADED = (
-    *("accelerate.checkpointing", "safetensors.torch", "tokenizers", "torch._inductor.config", "pipeline.evaluation.evaluate", "pipeline.run"),
-    *("pipeline.towers.linear", "pipeline.objectives.clip", "pipeline.selection.dissect"),
-)
+PRELOADED = """
+    accelerate.checkpointing safetensors.torch tokenizers torch._inductor.config
+    pipeline.evaluation.evaluate pipeline.objectives.clip pipeline.run pipeline.selection.dissect pipeline.towers.linear
+"""
 PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
 
 
@@ -173,7 +173,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 def _serve() -> None:
     """The launcher's side: reads commands from stdin, forks, answers."""
-    for name in PRELOADED:
+    for name in PRELOADED.split():
         importlib.import_module(name)
     for line in sys.stdin:
         message = json.loads(line)

@@ -138,6 +138,7 @@ def _truth(out: Output, captions: list[str], given: list[str]) -> bytes:
 
 def _run(out: Output, tasks: Sequence[Task], source: Source | None, options: argparse.Namespace) -> str:
     storage.make_folder(storage.join(out.url, PARTS))
+    storage.sweep(out.url)
     done = _finished(out, [task.number for task in tasks])
     for stats in done.values():
         if stats.build != out.build:

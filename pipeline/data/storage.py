@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import random
+import re
+import socket
 import tempfile
 import time
 import uuid
@@ -232,8 +234,19 @@ def write_bytes(url: str, data: bytes) -> None:
 
 def temporary(url: str) -> str:
     """A name for a file that becomes `url`: hidden beside a local target (so that the rename is atomic), else in the temporary folder."""
-    unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    unique = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     if is_local(url):
         folder, name = os.path.split(os.path.abspath(local_path(url)))
         return os.path.join(folder, f".{name}.{unique}.tmp")
     return os.path.join(tempfile.gettempdir(), f"{url.rsplit('/', 1)[-1]}.{unique}.tmp")
+
+
+def sweep(folder: str) -> None:
+    """Removes the temporary files in a local folder whose writer, a process of this machine, has died."""
+    if not is_local(folder) or not os.path.isdir(local_path(folder)):
+        return
+    for entry in os.scandir(local_path(folder)):
+        found = re.search(rf"^\..*\.{re.escape(socket.gethostname())}\.(\d+)\.[0-9a-f]{{8}}\.tmp$", entry.name)
+        if found and not os.path.exists(f"/proc/{found[1]}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry.path)

@@ -24,7 +24,7 @@ def runs() -> list[Path]:
 
 def golden(path: Path) -> Path:
     """Where the text of configs/<path> is kept."""
-    return HERE / "__".join(path.parts)
+    return HERE / path
 
 
 @pytest.mark.parametrize("path", runs(), ids=str)
@@ -32,20 +32,21 @@ def test_a_config_resolves_to_its_golden_text(path: Path) -> None:
     config = load(RunConfig, CONFIGS / path)
     text = to_yaml(config)
     assert golden(path).is_file(), f"{golden(path)} is missing; write it with python -m tests.golden.test_golden"
-    assert text == golden(path).read_text(encoding="utf-8"), "if the change is meant: python -m tests.golden.test_golden, and commit the diff"
+    assert text == golden(path).read_text(encoding="utf-8"), "if the change is meant: python -m tests.golden.test_golden"
     assert parse(RunConfig, read_yaml(text), "the dump") == config
     assert yaml.safe_load(text) == dump(config)  # any YAML reader sees the same values
 
 
 def test_there_is_no_golden_text_without_a_config() -> None:
-    assert {path.name for path in HERE.glob("*.yaml")} == {golden(path).name for path in runs()}
+    assert {path.relative_to(HERE) for path in HERE.rglob("*.yaml")} == set(runs())
 
 
 def write() -> None:
     """Writes all golden texts anew."""
-    for old in HERE.glob("*.yaml"):
+    for old in HERE.rglob("*.yaml"):
         old.unlink()
     for path in runs():
+        golden(path).parent.mkdir(parents=True, exist_ok=True)
         golden(path).write_text(to_yaml(load(RunConfig, CONFIGS / path)), encoding="utf-8")
         print(golden(path))
 
