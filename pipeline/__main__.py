@@ -93,10 +93,15 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Writes the page and says where."""
+    """Writes the page, says where, and prints the comparison."""
     from pipeline.record.report import write_report
+    from pipeline.record.runs import label, load_run
+    from pipeline.record.tables import plain_text
 
-    print(write_report(args.runs, args.out or args.runs[0].parent / "report.html"))
+    page = write_report(args.runs, args.out or args.runs[0].parent / "report.html")
+    runs = [load_run(path, place) for place, path in enumerate(args.runs)]
+    label(runs)
+    print(f"{page}\n\n{plain_text(runs)}")
     return 0
 
 

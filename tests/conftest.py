@@ -38,7 +38,6 @@ def moto_s3() -> Iterator[str]:
         S3FileSystem.clear_instance_cache()
         boto3.client("s3").create_bucket(Bucket="shards")
         yield "s3://shards"
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         S3FileSystem.clear_instance_cache()
     server.stop()
 

@@ -101,8 +101,10 @@ def _compare(index: Index, shard: int, scan: Scan, keys: list[str]) -> Iterator[
         wrong = (here["offset"][:count] != offset[:count]) | (here["size"][:count] != size[:count])
         if wrong.any():
             at = int(wrong.argmax())
-            place = f"{here['offset'][at]}+{here['size'][at]}"
-            yield Problem(url, f"member {keys[at]}.{extension} lies at {place}", f"{offset[at]}+{size[at]} by the index", mend)
+            found_at, expected = (
+                f"at {o[at]}+{s[at]}" if s[at] >= 0 else "nowhere" for o, s in ((here["offset"], here["size"]), (offset, size))
+            )
+            yield Problem(url, f"member {keys[at]}.{extension} lies {found_at}", f"{expected} by the index", mend)
 
 
 def _contents(scan: Scan, path: str, url: str, decode: bool) -> Iterator[Problem]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.config import digest
@@ -126,8 +125,7 @@ def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
 
 def _truth(out: Output, captions: list[str], given: list[str]) -> bytes:
     """truth.parquet: which samples of the index got a caption of another name. The key of a sample is its position in the plan."""
-    with storage.opened(storage.join(out.url, FILE)) as file:
-        keys = pq.read_table(file, columns=["sample", "key"])
+    keys = storage.read_parquet(storage.join(out.url, FILE), ["sample", "key"])
     at = [int(key) for key in keys["key"].to_pylist()]
     true, told = [captions[i] for i in at], [given[i] for i in at]
     noisy = [a != b for a, b in zip(true, told)]

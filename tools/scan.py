@@ -110,7 +110,9 @@ def scan_tar(path: str, where: str) -> Scan:
     with open(path, "rb") as file:
         file.seek(end)
         mark = file.read(1024)
-        if any(mark):
+        if any(mark) and len(mark) < 512:
+            found.bad(f"cut off at byte {end + len(mark)} inside a header", "a tar header of 512 bytes", "Fetch or write the shard again")
+        elif any(mark):
             found.bad(f"damaged header at byte {end}", "a tar header or the end mark", "Fetch or write the shard again")
         elif len(mark) < 1024:
             found.bad(

@@ -130,7 +130,7 @@ def part_bytes(rows: pa.Table) -> bytes:
 def rows_of(stats: Stats, number: int, out: Output) -> pa.Table:
     """A finished shard's rows of the index: its part, or where that is gone, the shard itself looked through again. Raises DataError."""
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(out.part(number))))
+        return storage.read_parquet(out.part(number))
     except (FileNotFoundError, pa.ArrowException):
         pass
     url = stats.name if out.in_place else out.shard(number)

@@ -1,5 +1,6 @@
 """From a member's bytes to a row of a batch; runs in the loader's workers, seeded by sample and visit."""
 
+import io
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ class ImageDecoder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                return self._decode(f".{extension}", data)
+                return _deep_grey(data) or self._decode(f".{extension}", data)
         except PIL.Image.DecompressionBombError as error:
             raise BadSample("image_too_large", str(error)) from None
         except MemoryError:
@@ -83,6 +84,17 @@ class ImageDecoder:
             if item is not None:
                 out[row] = item
         return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+def _deep_grey(data: bytes) -> PIL.Image.Image | None:
+    """A grey image of more than 8 bits by its high byte, else None: Pillow's own conversion cuts off at 255, which leaves it white."""
+    if not (data[:4] == b"\x89PNG" and data[24:26] == b"\x10\x00") and data[:2] not in (b"II", b"MM"):  # PNG: 16 bits, grey; TIFF
+        return None
+    image = PIL.Image.open(io.BytesIO(data))
+    if not image.mode.startswith("I"):
+        return None
+    high = np.asarray(image).astype(np.int64) >> 8
+    return PIL.Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 class _seeded:

@@ -55,10 +55,10 @@ class Index:
         """Opens the index of a folder (or an index file) at any fsspec URL. The mapped file is built on first use: in `cache_dir`, else
         beside a local index, else in the user's cache folder. Costs one read and hash of index.parquet. Raises DataError."""
         url = str(url).rstrip("/")
+        url = storage.local_path(url) if storage.is_local(url) else url
         source = url if url.endswith(".parquet") else storage.join(url, FILE)
         folder = source.rsplit("/", 1)[0] if "/" in source else "."
         if storage.is_local(source):
-            source = storage.local_path(source)
             if not os.path.isfile(source):
                 raise DataError(f"{source}: no such index. Expected a folder with {FILE}; {REBUILD}")
             return cls._of_parquet(source, source, folder, cache_dir)

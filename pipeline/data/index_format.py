@@ -66,13 +66,18 @@ def write_index(url: str, shards: Sequence[ShardInfo], tables: Iterable[pa.Table
 
 def read_build(url: str) -> tuple[str, list[tuple[str, int]]] | None:
     """Digest of the options and (name, bytes) of every shard of an index file, None where there is none. Reads the footer only."""
-    try:
+
+    def read() -> dict[str, Any]:
         with storage.opened(url) as file:
-            meta = _checked_meta(pq.ParquetFile(file), url)
+            try:
+                return _checked_meta(pq.ParquetFile(file), url)
+            except pa.ArrowException as error:
+                raise DataError(f"{url}: damaged or no Parquet file: {error}. Remove it, then {REBUILD}") from None
+
+    try:
+        meta = storage.with_retries(read, url)
     except FileNotFoundError:
         return None
-    except pa.ArrowException as error:
-        raise DataError(f"{url}: damaged or no Parquet file: {error}. Remove it, then {REBUILD}") from None
     return meta["build"], [(shard["name"], shard["bytes"]) for shard in meta["shards"]]
 
 

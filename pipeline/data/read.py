@@ -86,6 +86,9 @@ class Reader:
 
     def _descriptor(self, shard: int) -> int:
         index = self.index
+        # The cache has evicted these while they were open: their disk space comes back when the last reader lets go.
+        for gone in [other for other, descriptor in self._open.items() if os.fstat(descriptor).st_nlink == 0]:
+            os.close(self._open.pop(gone))
         descriptor = self._open[shard] = self.cache.open(index.shards[shard], int(index.shard_bytes[shard]), index.shard_sha256[shard])
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1])

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from pipeline.data.errors import BadSample, DataError
@@ -61,12 +63,18 @@ def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. Fetched anew for every use: fsspec keeps one per process, and none survives
     a fork. Settings of the user (fsspec's config files, FSSPEC_* and AWS_* variables) win over ours. Raises DataError."""
     options: dict[str, Any] = {}
-    if url.startswith(("s3://", "s3a://")):
-        theirs = fsspec.config.conf.get(url.split("://")[0], {})
+    protocol = url.split("://")[0]
+    theirs = fsspec.config.conf.get(protocol, {})
+    if protocol in ("s3", "s3a"):
         options = _S3_DEFAULTS | theirs | {"config_kwargs": _S3_CONFIG | theirs.get("config_kwargs", {})}
     try:
+        if protocol in ("http", "https") and "client_kwargs" not in theirs:
+            from aiohttp import ClientTimeout
+
+            # its default ends every download after five minutes, however well it goes, and waits as long for a silent server
+            options = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=5, sock_read=15)}}
         fs, path = url_to_fs(url, **options)
-        if options:
+        if protocol in ("s3", "s3a"):
             fs.retries = _S3_RETRIES
         return fs, path
     except ImportError as error:
@@ -128,6 +136,14 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None, attem
         return data
 
     return with_retries(get, url, attempts, backoff_s)
+
+
+def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
+    """A small Parquet file, whole. Raises FileNotFoundError, DataError, pa.ArrowException.
+
+    Without Arrow's threads: one of them may still hold the Python bytes while the interpreter ends, and takes the process down with it.
+    """
+    return pq.ParquetFile(pa.BufferReader(read_bytes(url)), pre_buffer=False).read(columns, use_threads=False)
 
 
 def size_of(url: str) -> int | None:
@@ -247,6 +263,12 @@ def sweep(folder: str) -> None:
         return
     for entry in os.scandir(local_path(folder)):
         found = re.search(rf"^\..*\.{re.escape(socket.gethostname())}\.(\d+)\.[0-9a-f]{{8}}\.tmp$", entry.name)
-        if found and not os.path.exists(f"/proc/{found[1]}"):
+        if not found:
+            continue
+        try:
+            os.kill(int(found[1]), 0)  # signal 0 only asks whether it lives
+        except ProcessLookupError:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(entry.path)
+        except PermissionError:
+            pass

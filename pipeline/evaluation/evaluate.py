@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from pipeline.data.decode import Decoder, captions
 from pipeline.data.errors import BadSample
 from pipeline.data.lanes import Rows
 from pipeline.data.loader import DataConfig, Fetch, SourceConfig, Sources, batches
-from pipeline.data.storage import join, read_bytes
+from pipeline.data.storage import join, read_parquet
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
 from pipeline.evaluation.selection_quality import read_log, selection_quality
@@ -151,10 +150,9 @@ def judge_selection(folder: Path, sources: Sources, urls: list[str], warmup_visi
 
 def _truth(url: str, base: int) -> pa.Table | None:
     try:
-        data = read_bytes(join(url, "truth.parquet"))
+        table = read_parquet(join(url, "truth.parquet"), ["sample", "noisy"])
     except FileNotFoundError:
         return None
-    table = pq.read_table(pa.BufferReader(data), columns=["sample", "noisy"])
     return table.set_column(0, "sample", pa.array(table["sample"].to_numpy() + base))
 
 

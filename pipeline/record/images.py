@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.data import storage
 from pipeline.data.cache import ShardCache
@@ -81,7 +80,7 @@ def load_truth(urls: Sequence[str]) -> pa.Table | None:
     tables, base = [], 0
     for url in urls:
         try:
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(url, "truth.parquet"))))
+            table = storage.read_parquet(storage.join(url, "truth.parquet"))
         except FileNotFoundError:
             table = None
         if table is not None:

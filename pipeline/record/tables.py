@@ -150,6 +150,17 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
     return [group for group in shown if group.rows]
 
 
+def plain_text(runs: Sequence[Run]) -> str:
+    """The comparison as a table for a terminal; an asterisk marks the best of a row."""
+    lines = ["".ljust(26) + "chance".rjust(10) + "".join(run.label.rjust(14) for run in runs)]
+    for group in comparison(runs):
+        lines.append(group.title)
+        for row in group.rows:
+            cells = [f"{value}{'*' if best else ' '}".rjust(14) for value, best in zip(row.values, row.best)]
+            lines.append(f"  {row.label}".ljust(26) + row.chance.rjust(10) + "".join(cells))
+    return "\n".join(lines)
+
+
 def _flat(run: Run) -> dict:
     """The result with the selection figures (which the report may have worked out itself) and the rates of metrics.jsonl."""
     rates = sorted(rate for line in run.metrics if (rate := number(line.get("candidates_per_second"))) is not None)

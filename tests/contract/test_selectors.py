@@ -48,7 +48,7 @@ def check(selection: Selection, selector: Selector, candidates: Candidates) -> s
     rows = selection.rows
     expected = ROWS if selector.trains_all(candidates.step) else candidates.keep
     assert rows.dtype == torch.int64 and rows.shape == (expected,)
-    assert rows.tolist() == sorted(set(rows.tolist())) and 0 <= int(rows[0]) and int(rows[-1]) < ROWS
+    assert rows.tolist() == sorted(set(rows.tolist())) and int(rows[0]) >= 0 and int(rows[-1]) < ROWS
     assert all(weight.shape == rows.shape for weight in selection.weights.values())
     assert selection.ranked_by is None or selection.ranked_by.shape == (ROWS,)
     return set(rows.tolist())
@@ -99,7 +99,7 @@ def test_reads_no_more_than_it_says(name: str) -> None:
     selector = build(name)
     needs = selector.needs(0)
     assert needs <= {"cosine", "loss"}
-    check(selector.select(group(0, **{field: None for field in {"cosine", "loss"} - needs})), selector, group(0))
+    check(selector.select(group(0, **dict.fromkeys({"cosine", "loss"} - needs))), selector, group(0))
     for field in needs:
         with pytest.raises(ValueError, match=f"needs Candidates.{field}"):
             build(name).select(group(0, **{field: None}))
@@ -131,4 +131,4 @@ def test_uses_no_random_generator(name: str) -> None:
 
 def test_config_survives_a_dump(name: str) -> None:
     config = build(name, warmup_visits=3, warmup_data="subset").config
-    assert config.name == name and parse(type(config), dump(config)) == config
+    assert config.name == name and parse(type(config), dump(config), "dump") == config

@@ -72,7 +72,9 @@ def proxied(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
     proxy.listener.close()
 
 
-def test_written_to_s3_as_to_disk_and_not_written_again(icons_small: Path, moto_s3: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_written_to_s3_as_to_disk_and_not_written_again(
+    icons_small: Path, moto_s3: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     import boto3
 
     assert main(["icons", f"{moto_s3}/set", *OPTIONS]) == 0

@@ -151,14 +151,15 @@ def test_world_size_does_not_matter() -> None:
     assert torch.equal(torch.cat([part.scores.visits for part in parts]), whole.scores.visits)
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(0.3, 0.81), (0.5, 0.72), (0.7, 0.63)])
+@pytest.mark.parametrize(("rate", "expected"), [(0.3, 0.85), (0.5, 0.75), (0.7, 0.65)])
 def test_oracle_drift(rate: float, expected: float) -> None:
-    """Scores of clean pairs sink by 1.7 and of noisy ones rise by 2.2, with a jitter of 2: precision as measured with the original."""
+    """Scores of clean pairs sink by 1.7 and of noisy ones rise by 2.2, each score with a jitter of sd 2: the precision that the upper
+    tail of the two shifted normals gives, whatever the level of a pair's score is (sd 8)."""
     size, group = 20_000, 500
     clean = torch.rand(size, generator=seeded(0)) < 0.5
     level = 40 + 8 * torch.randn(size, generator=seeded(1))
     drift = torch.where(clean, -1.7, 2.2)
-    jitter = 2**0.5 * torch.randn(2, size, generator=seeded(2))  # of the difference: sd 2
+    jitter = 2 * torch.randn(2, size, generator=seeded(2))
     selector = with_history(level + jitter[0])
     kept = []
     for slot in torch.randperm(size, generator=seeded(3)).split(group):

@@ -174,7 +174,7 @@ def test_icons_are_split_by_artist_and_named_without_style() -> None:
     counts = Counter(icon.name for icon in train)
     options = parser().parse_args(["icons", "x", "--split", "test", "--min-count", "4"])
     plan = icons.Source(options).plan(0, True, 0)
-    assert 300 < len(set(plan.captions)) and all(counts[name] >= 4 for name in plan.captions)
+    assert len(set(plan.captions)) > 300 and all(counts[name] >= 4 for name in plan.captions)
     with pytest.raises(DataError, match=f"there are {len(plan.captions)} icons"):
         icons.Source(parser().parse_args(["icons", "x", "--split", "test", "--min-count", "4", "--limit", "99999"])).plan(0, True, 0)
 
@@ -224,7 +224,20 @@ def test_table_of_paths_resized_with_noise(tmp_path: Path) -> None:
     places = [f"{row}.png" if row % 2 else f"file://{tmp_path}/{row}.png" for row in range(20)] + ["nowhere.png"]
     table = pa.table({"path": places, "caption": [f"a {row}, b" for row in range(21)]})
     pa.csv.write_csv(table, tmp_path / "t.csv")
-    options = ["--caption-column", "caption", "--image-column", "path", "--size", 10, "--noise", 0.5, "--max-bad-fraction", 0.1, "--workers", 1]
+    options = [
+        "--caption-column",
+        "caption",
+        "--image-column",
+        "path",
+        "--size",
+        10,
+        "--noise",
+        0.5,
+        "--max-bad-fraction",
+        0.1,
+        "--workers",
+        1,
+    ]
     said = make("table", tmp_path / "out", "--table", tmp_path / "t.csv", *options)
     assert "20 samples" in said and "missing_file 1" in said
     truth = pq.read_table(tmp_path / "out/truth.parquet").to_pydict()

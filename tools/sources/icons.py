@@ -43,7 +43,9 @@ class Source(Base):
         parser.add_argument(
             "--min-count", type=int, default=0, help="only names drawn at least this often in the train split (default: all)"
         )
-        parser.add_argument("--shared", action="store_true", help="only names that artists of both splits draw: a closed vocabulary for zero-shot")
+        parser.add_argument(
+            "--shared", action="store_true", help="only names that artists of both splits draw: a closed vocabulary for zero-shot"
+        )
         parser.add_argument("--limit", type=int, help="a seeded subset of this many samples (default: all)")
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -92,7 +94,11 @@ class Source(Base):
         archives = {pack: zipfile.ZipFile(_folder(pack) / "icons.zip") for pack in PACKS[self.split]}
         for row in rows:
             icon = every[row]
-            yield Pair("png", draw(archives[icon.pack].read(icon.entry).decode("utf-8"), self.size), icon.name)
+            svg = archives[icon.pack].read(icon.entry).decode("utf-8")
+            try:
+                yield Pair("png", draw(svg, self.size), icon.name)
+            except ValueError as error:
+                yield BadSample("cannot_be_drawn", f"{icon.pack}/{icon.entry}: {error}")
 
     def notice(self) -> str | None:
         lines = ["The images are renderings of icons of these packs; their names are used as captions.", ""]
@@ -126,7 +132,7 @@ def draw(svg: str, size: int) -> bytes:
     tag = re.search(r"<svg\b[^>]*>", svg)
     box = re.search(r'viewBox="([^"]+)"', tag[0]) if tag else None
     if tag is None or box is None:
-        raise DataError(f"an SVG without viewBox: {svg[:80]!r}. The icon package has changed; install the version that setup.cfg names")
+        raise ValueError(f"an SVG without viewBox: {svg[:80]!r}")
     left, top, width, height = map(float, box[1].split())
     side = max(width, height)
     square = f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"'

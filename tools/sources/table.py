@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,8 @@ class Source(Base):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.table, self.caption, self.image, self.size = options.table, options.caption_column, options.image_column, options.size
+        if storage.is_local(self.table):  # the options of a rerun must be the same from any working directory
+            self.table = os.path.abspath(storage.local_path(self.table))
         self.folder = self.table.rpartition("/")[0] or "."
         self._opened: Any = None
 
@@ -146,7 +149,9 @@ class Source(Base):
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         table = self._open()
-        return table.select(columns) if isinstance(table, pa.Table) else table.read_row_group(group, columns=columns)
+        if isinstance(table, pa.Table):
+            return table.select(columns)
+        return storage.with_retries(lambda: table.read_row_group(group, columns=columns), self.table)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
