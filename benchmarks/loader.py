@@ -51,7 +51,12 @@ def theirs(sources: Sources, fields: dict[str, Decoder], workers: int) -> Iterat
     def collate(items: list[dict]) -> dict:
         return {name: fields[name].collate([item[name] for item in items]) for name in fields}
 
-    data = wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=None, seed=0).shuffle(buffer).map(decode).batched(BATCH, collation_fn=collate)
+    data = (
+        wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=None, seed=0)
+        .shuffle(buffer)
+        .map(decode)
+        .batched(BATCH, collation_fn=collate)
+    )
     return iter(DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=lambda _: torch.set_num_threads(1)))
 
 
@@ -121,8 +126,12 @@ def main() -> None:
         "resume_over_cold": middle["resume"] / middle["cold"],
         "settings": {"samples": sources.num_samples, "size": args.size, "workers": args.workers, "batch": BATCH, "window_shards": WINDOW},
     }
-    print(f"ours {middle['ours']:.0f} images/s, webdataset {middle['webdataset']:.0f}; ratio median {result['ratio_to_webdataset']['median']:.2f}, smallest {min(ratios):.2f}")
-    print(f"first batch: cold {middle['cold']:.3f} s, resumed at step {deep} {middle['resume']:.3f} s, ratio {result['resume_over_cold']:.2f}")
+    print(
+        f"ours {middle['ours']:.0f} images/s, webdataset {middle['webdataset']:.0f}; ratio median {result['ratio_to_webdataset']['median']:.2f}, smallest {min(ratios):.2f}"
+    )
+    print(
+        f"first batch: cold {middle['cold']:.3f} s, resumed at step {deep} {middle['resume']:.3f} s, ratio {result['resume_over_cold']:.2f}"
+    )
     save(args.json, result | machine(["webdataset", "pillow"]))
 
 

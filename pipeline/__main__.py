@@ -15,9 +15,19 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     registries = {name: ", ".join(names_in(f"pipeline.{name}")) for name in ("towers", "selection", "objectives")}
     known = "\n".join(f"  {name}: {names}" for name, names in registries.items())
-    top = argparse.ArgumentParser(prog="python -m pipeline", description="CLIP pretraining with sample selection.", epilog=f"components by name:\n{known}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="CLIP pretraining with sample selection.",
+        epilog=f"components by name:\n{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a configuration; the same command resumes it", epilog=f"components by name:\n{known}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    train = commands.add_parser(
+        "train",
+        help="train a configuration; the same command resumes it",
+        epilog=f"components by name:\n{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     train.add_argument("config", help="a YAML file, for example configs/pretrain/icons.yaml")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example selector.name=random optimizer.lr=5e-4")
     evaluate = commands.add_parser("evaluate", help="zero-shot, retrieval, linear probe and selection quality of a run")
@@ -46,9 +56,14 @@ def train(args: argparse.Namespace) -> int:
         if trainer.engine.comm.rank == 0:
             p = trainer.progress
             samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.bad)}
-            write_result(trainer.folder, {"run": trainer.folder.name, "step": p.step, "complete": complete, "samples": samples, "seconds": p.seconds})
+            write_result(
+                trainer.folder, {"run": trainer.folder.name, "step": p.step, "complete": complete, "samples": samples, "seconds": p.seconds}
+            )
             if not complete:
-                print(f"{trainer.folder}: stopped by {trainer.stop.received or 'another rank'} at step {p.step} of {trainer.steps}, saved; the same command goes on", flush=True)
+                print(
+                    f"{trainer.folder}: stopped by {trainer.stop.received or 'another rank'} at step {p.step} of {trainer.steps}, saved; the same command goes on",
+                    flush=True,
+                )
         del lock
     finally:
         shutdown()
@@ -84,7 +99,11 @@ def evaluate(args: argparse.Namespace) -> int:
     facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))
     done = json.loads((run.folder / "result.json").read_text(encoding="utf-8")) if (run.folder / "result.json").is_file() else {}
     seconds = done.get("seconds", {}) | {"evaluate": time.perf_counter() - began}
-    described = {"model": {"parameters": facts["parameters"]}, "device": facts["device"], "data": {k: facts[k] for k in ("samples", "lanes", "groups")}}
+    described = {
+        "model": {"parameters": facts["parameters"]},
+        "device": facts["device"],
+        "data": {k: facts[k] for k in ("samples", "lanes", "groups")},
+    }
     result |= described | {"config": {"selector": run.config.selector.name}, "selection": quality, "seconds": seconds}
     write_result(run.folder, result)
     if not args.quiet:

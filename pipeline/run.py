@@ -36,7 +36,19 @@ ObjectiveField = component("pipeline.objectives", ObjectiveConfig)
 SelectorField = component("pipeline.selection", SelectorConfig)
 
 # may differ between the runs of one folder: they change neither the samples, nor the choices, nor the weights
-FREE = ("out", "data.sources", "data.workers", "data.prefetch", "data.cache", "data.cache_gb", "data.max_bad_fraction", "checkpoint", "record", "evaluation", "stop")
+FREE = (
+    "out",
+    "data.sources",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "data.cache_gb",
+    "data.max_bad_fraction",
+    "checkpoint",
+    "record",
+    "evaluation",
+    "stop",
+)
 
 
 class RunConfig(Strict):
@@ -89,7 +101,9 @@ class Lock:
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            raise ConfigError(f"{folder}: {holder} is training in this folder. Wait for it, stop it, or choose another folder with out=") from None
+            raise ConfigError(
+                f"{folder}: {holder} is training in this folder. Wait for it, stop it, or choose another folder with out="
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}")
         self._file.flush()
@@ -130,13 +144,23 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector.scores.to(engine.device)
     groups = GroupSelector(selector, plan.batch // plan.groups, plan.keep(config.selector.rate))
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
-    facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "world_size": comm.size, "commit": commit()}
+    facts = {
+        "config": config.binding(),
+        "index": sources.digest,
+        "lanes": plan.lanes,
+        "groups": plan.groups,
+        "world_size": comm.size,
+        "commit": commit(),
+    }
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)
         accelerator.init_trackers("training", config={"config": to_yaml(config)})
     trainer = Trainer(folder, steps, data, groups, engine, record, Stop(config.stop, comm), config.checkpoint, facts)
     if config.evaluation.every and config.evaluation.data:
-        trainer.evaluate, trainer.evaluate_every = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False)), config.evaluation.every
+        trainer.evaluate, trainer.evaluate_every = (
+            Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False)),
+            config.evaluation.every,
+        )
     trainer.resume()
     return trainer, lock
 
@@ -229,7 +253,9 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
 def commit() -> str | None:
     """The commit of the checkout this code runs from, if it is one."""
     root = Path(__file__).parent.parent
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if (root / ".git").exists() else None
+    found = (
+        subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if (root / ".git").exists()
+        else None
+    )
     return found.stdout.strip() or None if found else None
-
-

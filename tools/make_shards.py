@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -224,8 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         print(build(parser().parse_args(arguments)))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print("error: a worker was killed, perhaps for memory. What is finished stays: start again, with fewer --workers", file=sys.stderr)
         return 1
     return 0
 

@@ -69,7 +69,9 @@ class Layout:
         """Rows trained of one selection group: floor(rate N_b / G + 1e-9). Raises ConfigError when that is none."""
         keep = math.floor(rate * self.batch / self.groups + 1e-9)
         if keep < 1:
-            raise ConfigError(f"selector.rate: {rate} of a selection group of {self.batch // self.groups} rows keeps no row; raise the rate or lower data.groups")
+            raise ConfigError(
+                f"selector.rate: {rate} of a selection group of {self.batch // self.groups} rows keeps no row; raise the rate or lower data.groups"
+            )
         return keep
 
     def mix(self) -> list[float]:
@@ -92,17 +94,23 @@ def layout(sources: list[SourceShape], batch: int, lanes: int | None, groups: in
     largest = batch & -batch  # the largest power of two that divides the batch
     lanes = lanes or min(largest, MAX_DEFAULT_LANES)
     if batch % lanes:
-        raise ConfigError(f"data.batch {batch} is not a multiple of data.lanes {lanes}; every lane gives the same number of samples to a batch")
+        raise ConfigError(
+            f"data.batch {batch} is not a multiple of data.lanes {lanes}; every lane gives the same number of samples to a batch"
+        )
     if batch % groups:
         raise ConfigError(f"data.batch {batch} is not a multiple of data.groups {groups}; selection groups are equally large")
     if batch // groups < MIN_GROUP_ROWS:
-        raise ConfigError(f"data.groups: {groups} groups of a batch of {batch} have {batch // groups} rows each, at least {MIN_GROUP_ROWS} are needed; lower data.groups")
+        raise ConfigError(
+            f"data.groups: {groups} groups of a batch of {batch} have {batch // groups} rows each, at least {MIN_GROUP_ROWS} are needed; lower data.groups"
+        )
     source = _deal_lanes(sources, lanes)
     first, size = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
     for s, shape in enumerate(sources):
         mine = np.flatnonzero(source == s)
         if len(mine) > shape.num_samples:
-            raise ConfigError(f"data.lanes: {len(mine)} lanes for the {shape.num_samples} samples of data.sources.{s}; lower data.lanes to {shape.num_samples} or less")
+            raise ConfigError(
+                f"data.lanes: {len(mine)} lanes for the {shape.num_samples} samples of data.sources.{s}; lower data.lanes to {shape.num_samples} or less"
+            )
         edges = np.arange(len(mine) + 1, dtype=np.int64) * shape.num_samples // len(mine)
         first[mine], size[mine] = edges[:-1], np.diff(edges)
     smallest = int(size.min())
@@ -118,7 +126,9 @@ def layout(sources: list[SourceShape], batch: int, lanes: int | None, groups: in
 def _deal_lanes(sources: list[SourceShape], lanes: int) -> np.ndarray:
     """The source of each lane: weights to whole lanes by largest remainder, spread evenly so that every selection group is mixed."""
     if len(sources) > lanes:
-        raise ConfigError(f"data.sources: {len(sources)} sources need at least as many lanes, data.lanes is {lanes}; raise data.lanes or data.batch")
+        raise ConfigError(
+            f"data.sources: {len(sources)} sources need at least as many lanes, data.lanes is {lanes}; raise data.lanes or data.batch"
+        )
     weights = np.array([shape.weight for shape in sources], np.float64)
     exact = weights / weights.sum() * lanes
     count = np.maximum(1, np.floor(exact)).astype(np.int64)
@@ -181,7 +191,9 @@ class RankLanes:
         """The order of one visit: the lane's shards permuted, then its samples shuffled inside windows of `window` shards."""
         lane, starts, size = int(self.lanes[i]), self._pieces[i], int(self.size[i])
         rank_of_piece = np.empty(len(starts), np.int64)
-        rank_of_piece[np.argsort(hash_ids(self.layout.seed, lane, visit, -1, np.arange(len(starts))), kind="stable")] = np.arange(len(starts))
+        rank_of_piece[np.argsort(hash_ids(self.layout.seed, lane, visit, -1, np.arange(len(starts))), kind="stable")] = np.arange(
+            len(starts)
+        )
         lengths = np.diff(np.append(starts, size))
         window = np.repeat(rank_of_piece // self.layout.window, lengths)
         return np.lexsort((hash_ids(self.layout.seed, lane, visit, np.arange(size)), window))

@@ -46,7 +46,9 @@ class DataConfig(Strict):
     window: int = Field(4, ge=1, description="shards that are shuffled together")
     workers: int = Field(2, ge=0, description="loader processes of each rank")
     prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
-    cache: str | None = Field(None, description="folder for whole remote shards on this node, or 'off' to read them by ranges; None: the user's cache folder")
+    cache: str | None = Field(
+        None, description="folder for whole remote shards on this node, or 'off' to read them by ranges; None: the user's cache folder"
+    )
     cache_gb: float = Field(50.0, gt=0)
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of undecodable samples that stops the run")
 
@@ -179,7 +181,9 @@ def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: b
 class DataModule:
     """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic."""
 
-    def __init__(self, config: DataConfig, layout: Layout, rank: int, world_size: int, fetch: Fetch, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, config: DataConfig, layout: Layout, rank: int, world_size: int, fetch: Fetch, steps: int, device: torch.device
+    ) -> None:
         self.config, self.fetch, self.steps, self.device = config, fetch, steps, device
         self.lanes = RankLanes(layout, rank, world_size)
         self.bad: Counter[str] = Counter()

@@ -43,7 +43,9 @@ class BpeTokenizer:
         self.path, self.context = path, context
         self._tokenizer = Tokenizer.from_file(str(path))
         start, end = self._tokenizer.token_to_id(START), self._tokenizer.token_to_id(END)
-        self._tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)])
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
+        )
         self._tokenizer.enable_truncation(context)
         self._tokenizer.enable_padding(length=context, pad_id=0, pad_token=PAD)
 

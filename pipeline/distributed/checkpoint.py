@@ -68,10 +68,16 @@ def write(run: Path, step: int, comm: Comm, facts: dict[str, Any], parts: list[C
 def _failed(folder: Path, comm: Comm, error: Exception) -> CheckpointError:
     if comm.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error).lower() or "enforce fail" in str(error)
+    full = (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        or "space" in str(error).lower()
+        or "enforce fail" in str(error)
+    )
     free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.exists() else 0
     hint = f"{free:.0f} MB are free there; make room, or lower checkpoint.keep" if full else "look at the file system"
-    return CheckpointError(f"{folder}: could not be written ({type(error).__name__}: {error}). Earlier checkpoints stay as they were. {hint}, then start the same command again")
+    return CheckpointError(
+        f"{folder}: could not be written ({type(error).__name__}: {error}). Earlier checkpoints stay as they were. {hint}, then start the same command again"
+    )
 
 
 def _commit(folder: Path) -> None:
@@ -150,11 +156,15 @@ def check_facts(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -
     """Raises CheckpointError when the checkpoint was made by another configuration, index or lane layout, naming what differs."""
     for name, meaning in (("index", "data.sources hold other samples"), ("lanes", "data.lanes differs"), ("groups", "data.groups differs")):
         if found[name] != expected[name]:
-            raise CheckpointError(f"{folder}: {meaning} (checkpoint {found[name]}, now {expected[name]}). Restore what it was, or train into a new folder with out=")
+            raise CheckpointError(
+                f"{folder}: {meaning} (checkpoint {found[name]}, now {expected[name]}). Restore what it was, or train into a new folder with out="
+            )
     differing = _differences(found["config"], expected["config"])
     if differing:
         lines = "; ".join(f"{key} was {was!r}, now {now!r}" for key, was, now in differing[:8])
-        raise CheckpointError(f"{folder}: was made with another configuration: {lines}. Set these back, or train into a new folder with out=")
+        raise CheckpointError(
+            f"{folder}: was made with another configuration: {lines}. Set these back, or train into a new folder with out="
+        )
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -184,6 +194,8 @@ def read_lanes(folder: Path, lanes: RankLanes) -> dict[str, torch.Tensor]:
             file = pq.ParquetFile(path)
             parts |= {lane: file.read_row_group(lane - first) for lane in mine}
     if set(parts) != wanted:
-        raise CheckpointError(f"{folder}: holds no score table for lanes {sorted(wanted - set(parts))[:5]}; it was made with another data.lanes")
+        raise CheckpointError(
+            f"{folder}: holds no score table for lanes {sorted(wanted - set(parts))[:5]}; it was made with another data.lanes"
+        )
     table = pa.concat_tables([parts[lane] for lane in sorted(parts)])
     return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in table.column_names}

@@ -43,7 +43,9 @@ class EngineConfig(Strict):
 
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 is autocast; weights and optimizer stay float32")
     clip_grad_norm: float | None = Field(1.0, gt=0)
-    threads: int | None = Field(None, ge=1, description="CPU threads of each process; None: torch's choice. Part of bitwise reproducibility")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each process; None: torch's choice. Part of bitwise reproducibility"
+    )
     deterministic: bool = Field(True, description="torch.use_deterministic_algorithms; costs little here")
 
 
@@ -72,14 +74,20 @@ def start(config: EngineConfig, folder: Path, trackers: list[str]) -> tuple[Acce
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     mine = {"fp32": "no", "bf16": "bf16"}[config.precision]
     if asked not in ("no", mine):
-        raise ConfigError(f"engine.precision is {config.precision}, but accelerate's own configuration says mixed_precision {asked}; the run's YAML is the record, make them agree")
+        raise ConfigError(
+            f"engine.precision is {config.precision}, but accelerate's own configuration says mixed_precision {asked}; the run's YAML is the record, make them agree"
+        )
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mine, log_with=trackers or None, project_config=project)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
-        raise ConfigError(f"WORLD_SIZE is {expected}, but accelerate started {accelerator.num_processes} process(es) as {accelerator.distributed_type}")
+        raise ConfigError(
+            f"WORLD_SIZE is {expected}, but accelerate started {accelerator.num_processes} process(es) as {accelerator.distributed_type}"
+        )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(f"accelerate started {accelerator.distributed_type}; this version runs one process, or data-parallel CPU and GPU processes")
+        raise ConfigError(
+            f"accelerate started {accelerator.distributed_type}; this version runs one process, or data-parallel CPU and GPU processes"
+        )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -96,13 +104,17 @@ def shutdown() -> None:
 class Engine:
     """Holds the wrapped task and its optimizer."""
 
-    def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, accelerator: Accelerator, comm: Comm, task: Task, steps: int, seed: int) -> None:
+    def __init__(
+        self, config: EngineConfig, optimizer: OptimizerConfig, accelerator: Accelerator, comm: Comm, task: Task, steps: int, seed: int
+    ) -> None:
         self.config, self.optimizer_config, self.accelerator, self.comm = config, optimizer, accelerator, comm
         self.steps, self.seed = steps, seed
         self.device = accelerator.device
         self.raw = task.to(self.device)  # without DDP's hooks: the scoring pass and checkpoints go here
         self.parameters = [p for p in task.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(_groups(task, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        adam = torch.optim.AdamW(
+            _groups(task, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        )
         self.task, self.optimizer = accelerator.prepare(task, adam)
 
     @torch.inference_mode()

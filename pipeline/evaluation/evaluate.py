@@ -33,7 +33,10 @@ class EvaluationConfig(Strict):
     """What a run is evaluated on."""
 
     data: str | None = Field(None, description="folder of held-out shards, any fsspec URL")
-    classes: str = Field("seen", description="'seen': held-out captions that training has too; 'all' held-out captions; or a file of names, one a line, for shards with .cls members")
+    classes: str = Field(
+        "seen",
+        description="'seen': held-out captions that training has too; 'all' held-out captions; or a file of names, one a line, for shards with .cls members",
+    )
     templates: str | None = Field(None, description="file of prompts with {}, one a line; None: the bare name")
     every: int = Field(0, ge=0, description="evaluate each so many steps while training, and keep the best weights; 0: at the end only")
     batch: int = Field(256, ge=1)
@@ -69,7 +72,9 @@ class HeldOut:
         if from_file:
             names, labels = read_lines(config.classes), np.array(targets, np.int64)
             if len(labels) and labels.max() >= len(names):
-                raise ConfigError(f"{config.classes}: {len(names)} names, but {config.data} holds class {labels.max()}; give the file that belongs to the shards")
+                raise ConfigError(
+                    f"{config.classes}: {len(names)} names, but {config.data} holds class {labels.max()}; give the file that belongs to the shards"
+                )
         else:
             first = [t[0] if t else "" for t in texts]
             names = sorted({c for c in first if c} & seen() if config.classes == "seen" else {c for c in first if c})
@@ -85,7 +90,9 @@ def read_lines(path: str) -> list[str]:
     return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def measure(held: HeldOut, config: EvaluationConfig, decoders: dict[str, Decoder], encode: Encode, device: torch.device) -> tuple[dict, dict]:
+def measure(
+    held: HeldOut, config: EvaluationConfig, decoders: dict[str, Decoder], encode: Encode, device: torch.device
+) -> tuple[dict, dict]:
     """All figures of held-out data, and examples for the report. Images that cannot be decoded are left out and counted."""
     images, kept = embed_images(held, config, decoders, encode, device)
     labels, texts = torch.from_numpy(held.labels[kept]), [held.captions[i] for i in kept]
@@ -107,12 +114,18 @@ def measure(held: HeldOut, config: EvaluationConfig, decoders: dict[str, Decoder
             for image in example["images"]:
                 image["row"] = int(held.rows[kept[image["row"]]])
         if config.probe:
-            probed = labels if (labels >= 0).any() and config.classes not in ("seen", "all") else torch.tensor([pair[0] if pair else -1 for pair in pairs])
+            probed = (
+                labels
+                if (labels >= 0).any() and config.classes not in ("seen", "all")
+                else torch.tensor([pair[0] if pair else -1 for pair in pairs])
+            )
             result["linear_probe"] = linear_probe(images[probed >= 0], probed[probed >= 0])
     return result, {"retrieval": shown, "data": config.data}
 
 
-def embed_images(held: HeldOut, config: EvaluationConfig, decoders: dict[str, Decoder], encode: Encode, device: torch.device) -> tuple[Tensor, np.ndarray]:
+def embed_images(
+    held: HeldOut, config: EvaluationConfig, decoders: dict[str, Decoder], encode: Encode, device: torch.device
+) -> tuple[Tensor, np.ndarray]:
     """Unit rows float32 [m, D] on the CPU, and which of held.rows they are (int64 [m])."""
     fetch = Fetch(held.sources, {"image": decoders["image"]}, seed=None)
     parts = [held.rows[i : i + config.batch] for i in range(0, len(held.rows), config.batch)]
@@ -181,7 +194,9 @@ class Periodic:
         figures = {f"zero_shot_{k}": result["zero_shot"][k] for k in ("top1", "top5")} if "zero_shot" in result else {}
         if "retrieval" in result:
             figures |= {f"{way}_r1": result["retrieval"][way]["r1"] for way in ("image_to_text", "text_to_image")}
-        self.record.event({"step": step, "eval": figures, "eval_seconds": time.perf_counter() - began} | {f"eval/{k}": v for k, v in figures.items()})
+        self.record.event(
+            {"step": step, "eval": figures, "eval_seconds": time.perf_counter() - began} | {f"eval/{k}": v for k, v in figures.items()}
+        )
         self._keep_best(step, figures)
 
     def _keep_best(self, step: int, figures: dict[str, float]) -> None:

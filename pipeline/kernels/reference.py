@@ -1,5 +1,7 @@
 """The loss in plain torch with autograd: the definition, the fallback and the baseline. Stores two B x N matrices (one when square)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ def clip_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     exact = problem.scale.dtype
     image, text = problem.image.to(exact), problem.text.to(exact)
     all_image, all_text = (image, text) if problem.square else (problem.all_image.to(exact), problem.all_text.to(exact))
-    logits = problem.scale * (image @ all_text.T)
-    other = logits.T if problem.square else problem.scale * (text @ all_image.T)
+    logits = problem.scale * _Product.apply(image, all_text)
+    other = logits.T if problem.square else problem.scale * _Product.apply(text, all_image)
     row, row_own = _log_sum_and_own(logits, problem)
     col, col_own = _log_sum_and_own(other, problem)
     per_sample = (row - row_own + col - col_own) / 2
@@ -23,6 +25,21 @@ def clip_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     removed = problem.weight == 0
     per_sample, p_row, p_col = (value.masked_fill(removed, 0) for value in (per_sample, p_row, p_col))
     return (problem.weight * per_sample).mean(), per_sample, cosine, p_row, p_col
+
+
+class _Product(torch.autograd.Function):
+    """x y'. Autograd's own product would take its gradients in half precision where backward is called under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x @ y.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ y, grad.T @ x
 
 
 def _log_sum_and_own(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,9 @@ class Record:
         self._since = _now(progress)
         if self.comm.rank == 0:
             every = 0.5 if sys.stderr.isatty() else 10.0
-            self._bar = tqdm(total=self.steps, initial=step, desc=self.folder.name, unit="step", mininterval=every, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=self.steps, initial=step, desc=self.folder.name, unit="step", mininterval=every, dynamic_ncols=True, file=sys.stderr
+            )
 
     def step(self, progress: Any, batch: Batch, chosen: Selection, cosine: Tensor | None, trained: Trained, lr: float) -> None:
         """Notes one step (progress.step counts it already); on a log step fetches and writes. Raises NotFinite on every rank at once."""
@@ -123,7 +125,10 @@ class Record:
         first_bad = min(first_bad, len(self._pending) - 1)
         step, samples, trained = self._pending[first_bad]
         path = self.folder / f"not-finite-rank{self.comm.rank:04d}.json"
-        path.write_text(json.dumps({"step": step, "loss": trained.loss.item(), "grad_norm": trained.grad_norm.item(), "samples": samples.tolist()}), encoding="utf-8")
+        path.write_text(
+            json.dumps({"step": step, "loss": trained.loss.item(), "grad_norm": trained.grad_norm.item(), "samples": samples.tolist()}),
+            encoding="utf-8",
+        )
         raise NotFinite(
             f"step {step}: loss {trained.loss.item()} and gradient norm {trained.grad_norm.item()} are not finite on some rank. The sample ids of the step "
             f"are in {path}. No checkpoint was written since; lower optimizer.lr or set engine.clip_grad_norm, then start again"
@@ -168,7 +173,14 @@ class _SelectionLog:
     """Which of the watched samples were kept, at which score: what precision, drift and the contact sheets are made from."""
 
     schema = pa.schema(
-        [("step", pa.int32()), ("visit", pa.int16()), ("sample", pa.int64()), ("score", pa.float32()), ("ranked_by", pa.float32()), ("kept", pa.bool_())]
+        [
+            ("step", pa.int32()),
+            ("visit", pa.int16()),
+            ("sample", pa.int64()),
+            ("score", pa.float32()),
+            ("ranked_by", pa.float32()),
+            ("kept", pa.bool_()),
+        ]
     )
 
     def __init__(self, folder: Path, rank: int, share: float, seed: int) -> None:
@@ -198,7 +210,14 @@ class _SelectionLog:
         score = (100 * cosine).clamp_min(0).cpu().numpy() if cosine is not None else np.full(rows, np.nan, np.float32)
         ranked = chosen.ranked_by.cpu().numpy() if chosen.ranked_by is not None else np.full(rows, np.nan, np.float32)
         watched = batch.valid.cpu().numpy() & (hash_ids(self.seed, -3, sample) < self.below)
-        columns = [np.full(rows, step, np.int32), batch.visit.cpu().numpy().astype(np.int16), sample, score.astype(np.float32), ranked.astype(np.float32), kept]
+        columns = [
+            np.full(rows, step, np.int32),
+            batch.visit.cpu().numpy().astype(np.int16),
+            sample,
+            score.astype(np.float32),
+            ranked.astype(np.float32),
+            kept,
+        ]
         return pa.table([pa.array(column[watched]) for column in columns], schema=self.schema)
 
     def drop_after(self, step: int) -> None:

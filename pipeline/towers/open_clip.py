@@ -33,10 +33,16 @@ class Config(TowerConfig):
     """An open_clip model. `model` is one of `open_clip.list_models()`, or what open_clip's model JSON files hold."""
 
     model: str | dict[str, Any]
-    pretrained: str | None = Field(None, description="a tag of that model, or a file (safetensors, or a state dict that loads with weights_only)")
+    pretrained: str | None = Field(
+        None, description="a tag of that model, or a file (safetensors, or a state dict that loads with weights_only)"
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
-    preprocess: dict[str, Any] = Field(default_factory=dict, description="overrides of open_clip's PreprocessCfg: mean, std, interpolation, resize_mode")
-    augmentation: dict[str, Any] | None = Field(None, description="open_clip's AugmentationCfg for training; None trains on evaluation's images")
+    preprocess: dict[str, Any] = Field(
+        default_factory=dict, description="overrides of open_clip's PreprocessCfg: mean, std, interpolation, resize_mode"
+    )
+    augmentation: dict[str, Any] | None = Field(
+        None, description="open_clip's AugmentationCfg for training; None trains on evaluation's images"
+    )
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

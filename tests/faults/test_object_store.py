@@ -171,6 +171,6 @@ def test_errors_that_asking_again_cannot_mend(moto_s3: str, tmp_path: Path) -> N
         Index.open(f"{moto_s3}/nowhere", str(tmp_path))
     with pytest.raises(DataError, match=r"x\.tar: no such shard"):
         ShardCache(str(tmp_path), 10**9).path(f"{moto_s3}/nowhere/x.tar", 10)
-    with pytest.raises(DataError, match="Protocol not known|knows"):
+    with pytest.raises(DataError, match=r"Protocol not known|knows"):
         Index.open("nosuch://bucket/x", str(tmp_path))
     assert time.monotonic() - started < 5

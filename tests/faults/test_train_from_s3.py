@@ -36,5 +36,10 @@ def test_workers_fetch_whole_shards_once_and_ranged_reads_give_the_same_run(stor
 
 def test_a_cache_too_small_for_the_windows_is_refused_with_the_numbers(stored: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     out = f"out={tmp_path / 'run'}"
-    assert main(["train", "configs/pretrain/debug.yaml", out, f"data.sources.0.url={stored}", f"data.cache={tmp_path}", "data.cache_gb=0.0003"]) == 2
+    assert (
+        main(
+            ["train", "configs/pretrain/debug.yaml", out, f"data.sources.0.url={stored}", f"data.cache={tmp_path}", "data.cache_gb=0.0003"]
+        )
+        == 2
+    )
     assert "data.cache_gb 0.0003" in capfd.readouterr().err

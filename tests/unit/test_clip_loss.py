@@ -19,7 +19,9 @@ def pairs(batch: int, width: int = 32, seed: int = 0, matched: float = 0.25) -> 
     return tuple(rows.bfloat16().double() for rows in (image, normalize(matched * image + noise)))
 
 
-def run(image: torch.Tensor, text: torch.Tensor, scale: float, dtype: torch.dtype, impl: str, local: slice | None = None, **given: Any) -> dict:
+def run(
+    image: torch.Tensor, text: torch.Tensor, scale: float, dtype: torch.dtype, impl: str, local: slice | None = None, **given: Any
+) -> dict:
     """Loss, gradients and per-sample outputs; with `local` the rows are its part and the whole are the columns."""
     image, text = (rows.to(dtype, copy=True).requires_grad_() for rows in (image, text))
     s = torch.tensor([scale], dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
@@ -57,8 +59,8 @@ def test_reference_is_the_mean_of_two_cross_entropies() -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rectangular", [False, True])
 def test_gradcheck(impl: str, rectangular: bool) -> None:
-    image, text = (rows.requires_grad_() for rows in pairs(9, 5))
-    scale, weights = torch.tensor(9.0, dtype=torch.float64, requires_grad=True), torch.tensor([1, 0, 2, 0.5, 1, 1, 0, 1, 1])
+    image, text = (rows.requires_grad_() for rows in pairs(7, 3))
+    scale, weights = torch.tensor(9.0, dtype=torch.float64, requires_grad=True), torch.tensor([1, 0, 2, 0.5, 1, 1, 0])
 
     def loss(i: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         if rectangular:
@@ -68,7 +70,7 @@ def test_gradcheck(impl: str, rectangular: bool) -> None:
     assert torch.autograd.gradcheck(loss, (image, text, scale))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 130, 257, 1025])
+@pytest.mark.parametrize("batch", [1, 2, 16, 17, 130, 257, 1025])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_blocked_is_the_reference_for_any_number_of_rows(batch: int, scale: float) -> None:
     image, text = pairs(batch, 24, seed=batch)
@@ -263,7 +265,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("batch", "data", "share"), [(256, pairs, 0.5), (1536, pairs, 0.5), (400, far_apart, 0.5)])
+@pytest.mark.parametrize(("batch", "data", "share"), [(256, pairs, 0.5), (1100, pairs, 0.5), (400, far_apart, 0.5)])
 def test_blocked_never_stores_a_square(dtype: torch.dtype, batch: int, data: Any, share: float) -> None:
     rows = data(batch)
     with Largest() as largest:
@@ -277,15 +279,16 @@ def test_blocked_never_stores_a_square(dtype: torch.dtype, batch: int, data: Any
 def test_memory_grows_with_the_rows_and_not_with_their_square() -> None:
     sizes = {}
     for batch in (2048, 4096):
+        problem = [torch.zeros(batch, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
         with Largest() as largest:
-            run(*pairs(batch, 16), 100.0, torch.bfloat16, "blocked")
+            clip_loss(*problem, 14.3, impl="blocked").loss.backward()
         sizes[batch] = largest.numbers
     assert sizes[4096] <= 2.1 * sizes[2048] * 2 and sizes[4096] <= 1024 * 4096
 
 
 def test_auto_takes_blocked_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    monkeypatch.setattr(blocked, "clip_loss", lambda problem: taken.append(1) or (torch.zeros(()), *[torch.zeros(problem.image.shape[0])] * 4))
+    taken, original = [], blocked.clip_loss
+    monkeypatch.setattr(blocked, "clip_loss", lambda problem: taken.append(1) or original(problem))
     for batch, expected in ((64, 0), (2048, 1)):
         taken.clear()
         clip_loss(*pairs(batch, 8), 14.3)
@@ -312,7 +315,7 @@ class TestBadInput:
         ("given", "message"),
         [
             ({"columns": (torch.ones(3, 2), torch.ones(3, 2))}, "outside of 3 columns"),
-            ({"columns": (torch.ones(9, 2), torch.ones(9, 2)), "offset": 6}, "offset 6 puts 4 local rows outside of 9 columns; expected 0 to 5"),
+            ({"columns": (torch.ones(9, 2),) * 2, "offset": 6}, "offset 6 puts 4 local rows outside of 9 columns; expected 0 to 5"),
             ({"columns": (torch.ones(9, 2), torch.ones(9, 2)), "offset": -1}, "expected 0 to 5"),
             ({"columns": (torch.ones(9, 3), torch.ones(9, 3))}, "one width and one dtype"),
             ({"columns": (torch.ones(9, 2), torch.ones(8, 2))}, r"expected columns of one shape \[N, D\]"),

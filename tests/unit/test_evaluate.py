@@ -17,7 +17,13 @@ from tools.make_shards import main as make_shards
 def trained(icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was evaluated every 6 of its 18 steps."""
     out = tmp_path_factory.mktemp("evaluated") / "run"
-    where = [f"out={out}", f"data.sources.0.url={icons_small}", f"evaluation.data={icons_small}", "evaluation.every=6", "evaluation.workers=0"]
+    where = [
+        f"out={out}",
+        f"data.sources.0.url={icons_small}",
+        f"evaluation.data={icons_small}",
+        "evaluation.every=6",
+        "evaluation.workers=0",
+    ]
     assert main(["train", "configs/pretrain/debug.yaml", *where, "data.workers=0"]) == 0
     return out
 
@@ -70,7 +76,9 @@ def test_other_shards_with_labels_templates_and_several_captions(trained: Path, 
     assert (trained / "evaluation" / "examples.json").read_text() == before  # the report shows the run's own held-out data
 
 
-def test_classes_that_do_not_fit_the_shards_are_an_error(trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_classes_that_do_not_fit_the_shards_are_an_error(
+    trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "two.txt").write_text("black\ngrey\n")
     assert main(["evaluate", str(trained), "--data", str(labelled / "index"), "--classes", str(tmp_path / "two.txt")]) == 2
     assert "holds class 2" in capsys.readouterr().err

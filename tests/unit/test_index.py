@@ -60,7 +60,7 @@ def test_index_and_reader_give_what_the_tars_hold(icons_small: Path) -> None:
     assert reader.read(3, ["txt"]) == {"txt": samples[3][1]["txt"]}
     with pytest.raises(BadSample, match="missing_member"):
         reader.read(3, ["jpg"])
-    with pytest.raises(IndexError, match="0..199"):
+    with pytest.raises(IndexError, match=r"0\.\.199"):
         index.shard_of(200)
     index.check_shards()
 
@@ -101,7 +101,7 @@ def test_remote_index(icons_small: Path, tmp_path: Path) -> None:
     memory.pipe_file("/far/index.parquet", (icons_small / "index.parquet").read_bytes())
     index = Index.open("memory://far", tmp_path)
     assert index.shards[1] == "memory://far/000001.tar" and index.keys([0]) == ["000000000"]
-    with pytest.raises(DataError, match="memory://far/000000.tar: missing"):
+    with pytest.raises(DataError, match=r"memory://far/000000\.tar: missing"):
         index.check_shards()
     with pytest.raises(DataError, match="no such file"):
         Index.open("memory://nowhere", tmp_path)

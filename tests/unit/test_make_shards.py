@@ -129,7 +129,7 @@ def test_rerun_makes_what_is_missing_and_nothing_else(lost: str, tmp_path: Path)
 
 
 def test_killed_run_is_continued(tmp_path: Path) -> None:
-    options = ["--limit", "300", "--size", "64", "--noise", "0.5", "--shard-size", "20"]
+    options = ["--limit", "240", "--size", "32", "--noise", "0.5", "--shard-size", "16"]
     process = subprocess.Popen([sys.executable, "-m", "tools.make_shards", "icons", str(tmp_path / "a"), *options, "--workers", "1"])
     while len(list((tmp_path / "a").glob("*.stats.json"))) < 3:
         assert process.poll() is None
@@ -147,7 +147,7 @@ def test_killed_run_is_continued(tmp_path: Path) -> None:
 
 def test_other_options_on_the_same_folder(tmp_path: Path) -> None:
     make("icons", tmp_path, *SMALL, "--workers", 1)
-    with pytest.raises(DataError, match="made with other options.*size: 16 there, 24 asked"):
+    with pytest.raises(DataError, match=r"made with other options.*size: 16 there, 24 asked"):
         make("icons", tmp_path, *SMALL, "--size", 24)
     (tmp_path / "index.parquet").unlink()  # not finished: the shards say it
     with pytest.raises(DataError, match="seed: 0 there, 1 asked"):
@@ -214,7 +214,7 @@ def test_table_of_bytes_keeps_them_and_counts_bad_rows(tmp_path: Path) -> None:
     by_caption = {pair["txt"].decode(): pair["png"] for pair in pairs}
     assert by_caption == {texts[row]: images[row] for row in range(95)}
     assert [pair["txt"].decode() for pair in pairs] != texts[:95], "not shuffled"
-    with pytest.raises(DataError, match="no column 'x'. Its columns: jpg, text"):
+    with pytest.raises(DataError, match=r"no column 'x'\. Its columns: jpg, text"):
         make("table", tmp_path / "o2", "--table", tmp_path / "t.parquet", "--caption-column", "x", "--image-column", "jpg")
 
 
