@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import ConfigError, Strict, component, dump, load, to_yaml
+from pipeline.config import ConfigError, Strict, component, digest, dump, load, to_yaml
 from pipeline.data.decode import Decoder
 from pipeline.data.lanes import Layout, layout
 from pipeline.data.loader import DataConfig, DataModule, Fetch, Sources
@@ -132,48 +132,40 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     sources = Sources.open(config.data)
     plan = layout(sources.shapes, config.data.batch, config.data.lanes, config.data.groups, config.data.window, config.seed)
     plan.check_world(comm.size)
+    facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups}
+    checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
-    decoders = prepare(config, folder, sources, comm, train=True)
+    keep = plan.keep(config.selector.rate)
+    decoders = prepare(config, folder, sources, comm)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
-    task = build_task(config, folder, comm)
-    engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
-    fetch = Fetch(sources, decoders, config.seed)
-    data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
+    engine = Engine(config.engine, config.optimizer, accelerator, comm, build_task(config, folder, comm), steps, config.seed)
+    data = DataModule(config.data, plan, comm.rank, comm.size, Fetch(sources, decoders, config.seed), steps, engine.device)
     sources.check_cache(config.data, data.lanes, comm.local_size)
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
-    groups = GroupSelector(selector, plan.batch // plan.groups, plan.keep(config.selector.rate))
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
-    facts = {
-        "config": config.binding(),
-        "index": sources.digest,
-        "lanes": plan.lanes,
-        "groups": plan.groups,
-        "world_size": comm.size,
-        "commit": commit(),
-    }
+    groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm)
+    facts |= {"world_size": comm.size, "commit": commit()}
+    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts)
+    if config.evaluation.every and config.evaluation.data:
+        trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
+        trainer.evaluate_every = config.evaluation.every
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)
         accelerator.init_trackers("training", config={"config": to_yaml(config)})
-    trainer = Trainer(folder, steps, data, groups, engine, record, Stop(config.stop, comm), config.checkpoint, facts)
-    if config.evaluation.every and config.evaluation.data:
-        trainer.evaluate, trainer.evaluate_every = (
-            Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False)),
-            config.evaluation.every,
-        )
     trainer.resume()
     return trainer, lock
 
 
-def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm, train: bool) -> dict[str, Decoder]:
-    """The decoders of all towers. Rank 0 does first what is done once (a tokenizer); resume finds it done."""
-    done = folder / "prepared"
-    if comm.rank == 0 and not done.exists():
+def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm) -> dict[str, Decoder]:
+    """The decoders of all towers. Rank 0 does first what is done once (a tokenizer); resume finds it done, for these towers and samples."""
+    done, this = folder / "prepared", digest([dump(config)["towers"], sources.digest])
+    if comm.rank == 0 and not (done.is_file() and done.read_text(encoding="utf-8") == this):
         for tower in config.towers.values():
             tower.prepare(TowerData(folder, sources.captions))
-        done.touch()
+        done.write_text(this, encoding="utf-8")
     comm.barrier()
-    return make_decoders(config, folder, train)
+    return make_decoders(config, folder, train=True)
 
 
 def make_decoders(config: RunConfig, folder: Path, train: bool) -> dict[str, Decoder]:
@@ -224,9 +216,7 @@ class TrainedRun:
 
 def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, engine: Engine, steps: int, warmup: int) -> None:
     """Writes resolved.yaml and facts.json before the first step, and prints what is about to happen."""
-    resolved = folder / "resolved.yaml"
-    if not resolved.exists():
-        resolved.write_text(to_yaml(config), encoding="utf-8")
+    (folder / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
     parameters = sum(p.numel() for p in engine.raw.parameters())
     facts = {
         "device": describe_device(engine.device),

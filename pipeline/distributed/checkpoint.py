@@ -152,14 +152,23 @@ def verify(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def check_facts(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises CheckpointError when the checkpoint was made by another configuration, index or lane layout, naming what differs."""
+def agree(run: Path, expected: dict[str, Any]) -> None:
+    """Raises CheckpointError when the newest checkpoint was made by another configuration, index or lane layout, naming what differs."""
+    committed = [folder for folder in _folders(run) if (folder / "COMMIT").is_file()]
+    if not committed:
+        return
+    folder = committed[-1]
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = {name: found[name] for name in ("index", "lanes", "groups", "config")} if found["format"] <= FORMAT else expected
+    except (OSError, ValueError, KeyError):
+        return  # damaged; verify() says so, with what to do, before anything is loaded
     for name, meaning in (("index", "data.sources hold other samples"), ("lanes", "data.lanes differs"), ("groups", "data.groups differs")):
-        if found[name] != expected[name]:
+        if known[name] != expected[name]:
             raise CheckpointError(
-                f"{folder}: {meaning} (checkpoint {found[name]}, now {expected[name]}). Restore what it was, or train into a new folder with out="
+                f"{folder}: {meaning} (checkpoint {known[name]}, now {expected[name]}). Restore what it was, or train into a new folder with out="
             )
-    differing = _differences(found["config"], expected["config"])
+    differing = _differences(known["config"], expected["config"])
     if differing:
         lines = "; ".join(f"{key} was {was!r}, now {now!r}" for key, was, now in differing[:8])
         raise CheckpointError(

@@ -10,12 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import ConfigError, Strict
 from pipeline.distributed.comm import Comm, connect
 from pipeline.hashing import hash_ids
-from pipeline.task import Task
 from pipeline.types import Batch, Selection
 
 
@@ -105,7 +104,7 @@ class Engine:
     """Holds the wrapped task and its optimizer."""
 
     def __init__(
-        self, config: EngineConfig, optimizer: OptimizerConfig, accelerator: Accelerator, comm: Comm, task: Task, steps: int, seed: int
+        self, config: EngineConfig, optimizer: OptimizerConfig, accelerator: Accelerator, comm: Comm, task: nn.Module, steps: int, seed: int
     ) -> None:
         self.config, self.optimizer_config, self.accelerator, self.comm = config, optimizer, accelerator, comm
         self.steps, self.seed = steps, seed
@@ -156,7 +155,7 @@ class Engine:
         self.accelerator.load_state(str(folder))
 
 
-def _groups(task: Task, weight_decay: float) -> list[dict]:
+def _groups(task: nn.Module, weight_decay: float) -> list[dict]:
     """Parameters with and without decay; gains, biases and the logit scale have fewer than two dimensions."""
     named = [p for p in task.parameters() if p.requires_grad]
     return [

@@ -72,7 +72,8 @@ def score(
     differential = _neutral_where_unknown(before - current, known, countable)
     rows = None
     if keep is not None:
-        rows = top_k(differential, keep, hash_ids(seed, slot if sample is None else sample, count), countable)
+        visited = (slot if sample is None else sample) * 256 + count  # sample and visits in one word: half the hashing
+        rows = top_k(differential, keep, hash_ids(seed, visited), countable)
     _record(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
     return Scored(rows, differential, current, before, known)
 
