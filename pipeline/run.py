@@ -201,11 +201,16 @@ class TrainedRun:
             if not path.is_file():
                 raise ConfigError(f"{path}: there is no best model; the run was not evaluated while it trained (evaluation.every)")
             return path
-        found = checkpoint.newest(self.folder) if which == "newest" else checkpoint.folder_of(self.folder, int(which))
-        if found is None:
+        if which != "newest" and not which.isdigit():
+            raise ConfigError(f"--checkpoint {which}: expected newest, best, or the number of a step")
+        if which != "newest":
+            found = checkpoint.folder_of(self.folder, int(which))
+            checkpoint.verify(found)
+            return found / "model.safetensors"
+        newest = checkpoint.newest(self.folder)
+        if newest is None:
             raise CheckpointError(f"{self.folder}: has no finished checkpoint; start the training command again")
-        self.state = checkpoint.verify(found)
-        return found / "model.safetensors"
+        return newest[0] / "model.safetensors"
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> dict[str, Tensor]:

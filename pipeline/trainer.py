@@ -116,9 +116,9 @@ class Trainer:
         """Goes to the newest checkpoint, if there is one, and gives its step. Raises CheckpointError."""
         found = checkpoint.newest(self.folder)
         if found is not None:
-            state = checkpoint.verify(found)
-            self.engine.load(found)
-            self.selector.selector.load_state_dict(checkpoint.read_lanes(found, self.data.lanes))
+            folder, state = found
+            self.engine.load(folder)
+            self.selector.selector.load_state_dict(checkpoint.read_lanes(folder, self.data.lanes))
             self.data.load_state_dict(state["data"])
             self.progress = Progress(**state["progress"])
         self.record.resume(self.progress.step)

@@ -122,15 +122,14 @@ def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint; a folder without COMMIT was cut off while it was written and is passed over.
+def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its run.json; a folder without COMMIT was cut off while it was written and is passed over.
 
     Raises CheckpointError when a committed one was changed afterwards: that is damage, and going further back would hide it.
     """
     for folder in reversed(_folders(run)):
         if (folder / "COMMIT").is_file():
-            verify(folder)
-            return folder
+            return folder, verify(folder)
     return None
 
 

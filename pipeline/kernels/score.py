@@ -1,5 +1,6 @@
 """Scores and choices: the one place of cosine, differential, history update and top-k. No loop over samples, no wait for the device."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from pipeline.hashing import hash_ids
 
 __all__ = ["Scored", "cosine", "score", "top_k", "update_history"]
 
-_NEVER = -(2.0**24)  # below every row number; float32 holds the row numbers of groups up to 2**24 rows exactly
 
 
 class Scored(NamedTuple):
@@ -127,13 +127,13 @@ def _record(
     count = count.float()
     # The table itself is the scratch paper on which the rows of one sample agree: first on which of them counts (the largest turn),
     # then on how many they are. Sorting the slots would cost three times as much, a scratch buffer 4 bytes for every sample.
-    turn = torch.arange(1, slot.shape[0] + 1, dtype=torch.float32, device=slot.device)
+    rising, falling = _turns(slot.shape[0], slot.device)
+    turn, choice = rising, current
     if freeze is not None:
-        turn = torch.where(count == freeze - 1, -turn, turn)
-    history.index_fill_(0, slot, _NEVER).scatter_reduce_(0, slot, turn.masked_fill_(~valid, _NEVER), "amax")
-    winner = history.index_select(0, slot).abs_().clamp_max_(slot.shape[0]).long() - 1
+        turn, choice = torch.where(count == freeze - 1, falling, rising), torch.cat((current, current.flip(0)))
+    winner = history.index_fill_(0, slot, 0).scatter_reduce_(0, slot, turn * valid, "amax").index_select(0, slot)
+    new = choice.index_select(0, winner.long())
     visited = history.index_copy_(0, slot, count).scatter_add_(0, slot, valid.float()).index_select(0, slot)
-    new = current.index_select(0, winner)
     if mean:
         new = before + (new - before) / (count + 1)
     elif momentum is not None:
@@ -144,6 +144,13 @@ def _record(
     # rows of one sample write one value
     history.index_copy_(0, slot, torch.where(written, new, before))
     visits.index_copy_(0, slot, visited.clamp_max_(255).to(torch.uint8))
+
+
+@lru_cache(maxsize=16)
+def _turns(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers that pick the last row of a sample by being larger, and the first: places in (scores, scores backwards)."""
+    rising = torch.arange(rows, dtype=torch.float32, device=device)
+    return rising, rising.flip(0) + rows
 
 
 def top_k(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None = None) -> Tensor:
