@@ -87,12 +87,10 @@ class Trainer:
 
     def score(self, batch: Batch) -> dict[str, Tensor] | None:
         """The scoring pass, where the selector asks for one."""
-        if not self.selector.selector.needs(self.progress.step):
-            return None
-        if self.record.flops is None:
+        if self.record.flops is None:  # once, on a real batch
             dtype = torch.bfloat16 if self.engine.config.precision == "bf16" else torch.float32
             self.record.flops = (forward_flops(self.engine, batch), measured_peak(self.engine.device, dtype))
-        return self.engine.features(batch)
+        return self.engine.features(batch) if self.selector.selector.needs(self.progress.step) else None
 
     def advance(self, batch: Batch, chosen: Selection, scored: bool) -> None:
         """Counts one step."""
