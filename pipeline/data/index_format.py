@@ -102,7 +102,7 @@ def build_mapped(parquet: str, source: str, mapped: str) -> None:
                 writer.write_table(table.select(names).cast(schema), max_chunksize=table.num_rows)
                 start += table.num_rows
         os.replace(temp, mapped)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{source}: damaged or no Parquet file: {error}. Fetch it again from its source, or {REBUILD}") from None
     except OSError as error:
         # Arrow reports a damaged page as a bare OSError; the system's own errors carry a number
@@ -120,9 +120,15 @@ def _checked_meta(file: pq.ParquetFile, source: str) -> dict[str, Any]:
         raise DataError(
             f"{source}: a Parquet file, but no index of shards (no {META.decode()!r} metadata). Index shards with tools.make_shards tars"
         )
-    meta = json.loads(raw)
-    if meta["format"] > FORMAT:
-        raise DataError(f"{source}: index format {meta['format']}, this version reads up to {FORMAT}. Update the package, or {REBUILD}")
+    try:
+        meta = json.loads(raw)
+        if int(meta["format"]) > FORMAT:
+            raise DataError(f"{source}: index format {meta['format']}, this version reads up to {FORMAT}. Update the package, or {REBUILD}")
+        shards = [
+            {"name": str(s["name"]), "bytes": int(s["bytes"]), "sha256": s["sha256"], "samples": int(s["samples"])} for s in meta["shards"]
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: damaged metadata: {error!r}. Fetch it again from its source, or {REBUILD}") from None
     needed = {"sample": pa.int64(), "key": pa.string(), "shard": pa.dictionary(pa.int32(), pa.string()), "crc": pa.uint32()}
     for name in file.schema_arrow.names:
         needed.setdefault(name, pa.int64())
@@ -132,7 +138,6 @@ def _checked_meta(file: pq.ParquetFile, source: str) -> dict[str, Any]:
         found = file.schema_arrow.field(name).type if name in file.schema_arrow.names else None
         if found != kind:
             raise DataError(f"{source}: column {name!r} should be {kind}, found {found}. The index is damaged; {REBUILD}")
-    shards = meta["shards"]
     if file.num_row_groups != len(shards) or not shards:
         raise DataError(f"{source}: {file.num_row_groups} row groups for {len(shards)} shards; expected one each. {REBUILD.capitalize()}")
     for shard in shards:
@@ -140,7 +145,7 @@ def _checked_meta(file: pq.ParquetFile, source: str) -> dict[str, Any]:
             raise DataError(
                 f"{source}: unsafe shard name {shard['name']!r}: expected one inside the index's folder, or a URL. {REBUILD.capitalize()}"
             )
-    return meta
+    return {"format": FORMAT, "build": str(meta.get("build", "")), "shards": shards}
 
 
 def _check_rows(table: pa.Table, shard: dict[str, Any], start: int, source: str) -> None:

@@ -1,5 +1,7 @@
 """The data module: lanes say which samples, workers fetch whole batches by id, the next batch is on its way while this one is used."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -126,7 +128,14 @@ class Fetch(Dataset):
     def __init__(self, sources: Sources, decoders: dict[str, Decoder], seed: int | None) -> None:
         self.sources, self.decoders, self.seed = sources, decoders, seed
 
-    def __getitem__(self, rows: Rows) -> Batch:
+    def __getitem__(self, rows: Rows) -> Batch | DataError:
+        """What stops the run comes as a value: raised in a worker, it would reach people inside of torch's traceback."""
+        try:
+            return self._batch(rows)
+        except DataError as error:
+            return error
+
+    def _batch(self, rows: Rows) -> Batch:
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         valid, bad = np.ones(len(rows.sample), bool), []
         seeds = hash_ids(self.seed, rows.sample, rows.visit).tolist() if self.seed is not None else [None] * len(rows.sample)
@@ -172,10 +181,25 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: bool = False) -> DataLoader:
-    """A torch DataLoader over whole batches; it keeps their order for any number of workers."""
+def _end_workers() -> None:
+    """At exit multiprocessing ends its daemons by SIGTERM, which ours ignore, and waits for them: after an error, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the workers that end here as failed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: bool = False) -> Iterator[Batch]:
+    """Whole batches from a torch DataLoader; it keeps their order for any number of workers. Raises DataError."""
     more = {"prefetch_factor": prefetch, "worker_init_fn": _quiet_worker} if workers else {}
-    return DataLoader(fetch, batch_size=None, sampler=requests, num_workers=workers, pin_memory=pin, **more)
+    found = iter(DataLoader(fetch, batch_size=None, sampler=requests, num_workers=workers, pin_memory=pin, **more))
+    if workers:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # the last one registered is the first to run
+    for batch in found:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 class DataModule:
@@ -198,8 +222,7 @@ class DataModule:
         began = time.perf_counter()
         if self._iterator is None:
             requests = _Requests(self.lanes, self.step, self.steps)
-            loader = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
-            self._iterator = iter(loader)
+            self._iterator = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
             self._ahead = self._advance()
         batch, self._ahead = self._ahead, self._advance()
         if batch is None:

@@ -140,9 +140,7 @@ class _Probabilities:
                 block.copy_(e)
 
 
-def _sums(
-    x: Tensor, y: Tensor, s: float, shift: float, offset: int, keep: int, exact: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _sums(x: Tensor, y: Tensor, s: float, shift: float, offset: int, keep: int, exact: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums over rows [B] and columns [N] of exp2(logits) without the own pairs, and the logits of the first `keep` rows."""
     rows, total = x.shape[0], y.shape[0]
     strip = _strip_rows(rows)
@@ -242,6 +240,6 @@ def _kept_rows(rows: int, width: int) -> int:
 
 def _workable(rows: Tensor) -> Tensor:
     """float16 products are a hundred times slower than float32 ones on a CPU, bfloat16 ones where oneDNN has none."""
-    if rows.dtype == torch.float16 or (rows.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return rows.float()
-    return rows
+    if rows.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return rows
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows

@@ -3,13 +3,14 @@
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.hashing import hash_ids
+from pipeline.kernels import score_numpy
 
 __all__ = ["Scored", "cosine", "score", "top_k", "update_history"]
-
 
 
 class Scored(NamedTuple):
@@ -30,9 +31,9 @@ def cosine(image: Tensor, text: Tensor) -> Tensor:
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(f"cosine: expected image and text of one shape [B, D], found {tuple(image.shape)} and {tuple(text.shape)}")
     image, text = image.float(), text.float()
-    dot, *squares = ((a * b).sum(1) for a, b in ((image, text), (image, image), (text, text)))
-    for square in squares:
-        dot = dot * square.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    dot = (image * text).sum(1)
+    for rows in (image, text):  # one after the other: the product of two small norms could be 0
+        dot = dot / torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     return dot.clamp(-1, 1)
 
 
@@ -63,7 +64,25 @@ def score(
     """
     if cosine.dim() != 1 or slot.shape != cosine.shape:
         raise ValueError(f"score: expected cosine [g] and slot [g], found {tuple(cosine.shape)} and {tuple(slot.shape)}")
-    current = (100 * cosine.float()).clamp_min(0)
+    _check_keep(keep, slot.shape[0])
+    given = (cosine.detach().float(), slot, history, visits, keep, slot if sample is None else sample, valid)
+    rule = {"momentum": momentum, "freeze": freeze, "mean": mean}
+    return _score_numpy(*given, seed, rule) if slot.device.type == "cpu" else _score_torch(*given, seed, rule)
+
+
+def _score_torch(
+    cosine: Tensor,
+    slot: Tensor,
+    history: Tensor,
+    visits: Tensor,
+    keep: int | None,
+    sample: Tensor,
+    valid: Tensor | None,
+    seed: int,
+    rule: dict,
+) -> Scored:
+    """For every device. Nothing is asked of it: no branch on a value, no choice by mask."""
+    current = (100 * cosine).clamp_min(0)
     countable = current == current  # NaN is no score
     if valid is not None:
         countable &= valid
@@ -72,10 +91,36 @@ def score(
     differential = _neutral_where_unknown(before - current, known, countable)
     rows = None
     if keep is not None:
-        visited = (slot if sample is None else sample) * 256 + count  # sample and visits in one word: half the hashing
-        rows = top_k(differential, keep, hash_ids(seed, visited), countable)
-    _record(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
+        # sample and visits in one word: half the hashing
+        rows = _top_k_torch(differential, keep, hash_ids(seed, sample * 256 + count), countable)
+    _record_torch(history, visits, slot, current, countable, before, count, **rule)
     return Scored(rows, differential, current, before, known)
+
+
+def _score_numpy(
+    cosine: Tensor,
+    slot: Tensor,
+    history: Tensor,
+    visits: Tensor,
+    keep: int | None,
+    sample: Tensor,
+    valid: Tensor | None,
+    seed: int,
+    rule: dict,
+) -> Scored:
+    table, counter, slots = history.numpy(), visits.numpy(), slot.numpy()
+    _check_slots(slots, table)
+    before, count = table[slots], counter[slots]
+    change, current, countable, known = score_numpy.differential(cosine.numpy(), None if valid is None else valid.numpy(), before, count)
+    rows = None
+    if keep is not None:
+        rows = torch.from_numpy(score_numpy.top_k(change, keep, score_numpy.tie(seed, sample.numpy(), count), countable))
+    if score_numpy.has_duplicates(slots, table, before):
+        gathered = (torch.from_numpy(value) for value in (current, countable, before, count))
+        _record_torch(history, visits, slot, *gathered, **rule)
+    else:
+        score_numpy.record(table, counter, slots, current, countable, before, count, **rule)
+    return Scored(rows, *(torch.from_numpy(value) for value in (change, current, before, known)))
 
 
 def _neutral_where_unknown(differential: Tensor, known: Tensor, countable: Tensor) -> Tensor:
@@ -108,10 +153,10 @@ def update_history(
     """
     countable = torch.ones_like(slot, dtype=torch.bool) if valid is None else valid
     before, count = history.index_select(0, slot), visits.index_select(0, slot)
-    _record(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
+    _record_torch(history, visits, slot, current, countable, before, count, momentum, freeze, mean)
 
 
-def _record(
+def _record_torch(
     history: Tensor,
     visits: Tensor,
     slot: Tensor,
@@ -160,12 +205,28 @@ def top_k(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None = None) ->
     count). NaN comes after every number and rows with `valid` False (bool [g]) after that: they are chosen only when
     there are too few others. Raises ValueError when `keep` is not in 1..g.
     """
-    if not 1 <= keep <= value.shape[0]:
-        raise ValueError(f"top_k: cannot keep {keep} of {value.shape[0]} rows; expected 1 to {value.shape[0]}")
+    _check_keep(keep, value.shape[0])
+    value = value.detach().float()
+    if value.device.type != "cpu":
+        return _top_k_torch(value, keep, tie, valid)
+    return torch.from_numpy(score_numpy.top_k(value.numpy(), keep, tie.numpy(), None if valid is None else valid.numpy()))
+
+
+def _top_k_torch(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None) -> Tensor:
     # A float32 leaves the low 29 bits of a double free for the tie: one number orders by both. The tiny summand keeps zeros of either
     # sign from becoming denormals, and powers of two beyond float32 stand for what is infinite, no number, or not valid.
-    key = value.float().double().add_(2.0**-200).nan_to_num_(-(2.0**300), 2.0**200, -(2.0**200))
+    key = value.double().add_(2.0**-200).nan_to_num_(-(2.0**300), 2.0**200, -(2.0**200))
     if valid is not None:
         key.masked_fill_(~valid, -(2.0**400))
     key = key.view(torch.int64).bitwise_or_(tie >> 35).view(torch.float64)
     return key.topk(keep, sorted=False).indices.sort().values
+
+
+def _check_keep(keep: int | None, rows: int) -> None:
+    if keep is not None and not 1 <= keep <= rows:
+        raise ValueError(f"top_k: cannot keep {keep} of {rows} rows; expected 1 to {rows}")
+
+
+def _check_slots(slots: np.ndarray, table: np.ndarray) -> None:
+    if slots.size and (slots.min() < 0 or slots.max() >= table.size):  # numpy would count negative ones from the end
+        raise IndexError(f"slots {slots.min()} to {slots.max()}: the rows of the score table are numbered from 0 to {table.size - 1}")

@@ -243,6 +243,16 @@ def test_only_what_needs_a_gradient_gets_one(impl: str) -> None:
     assert detached.loss.requires_grad and not any(value.requires_grad for value in detached[1:5])
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_without_gradients_it_gives_the_same(impl: str) -> None:
+    image, text = (rows.float() for rows in pairs(200))
+    expected = clip_loss(image.clone().requires_grad_(), text, torch.tensor(20.0, requires_grad=True), impl=impl)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = clip_loss(image, text, torch.tensor(20.0), impl=impl)
+        assert torch.equal(found.loss, expected.loss) and torch.equal(found.per_sample, expected.per_sample)
+
+
 def test_no_second_derivative_through_blocked() -> None:
     image, text = (rows.float().requires_grad_() for rows in pairs(20))
     with pytest.raises(RuntimeError, match="no second derivative"):

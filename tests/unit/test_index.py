@@ -166,6 +166,16 @@ def test_damaged_file(icons_small: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="damaged"):
             Index.open(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["index.parquet"], f"{name} left something behind"
+    whole_index = Index.open(icons_small)
+    members = [whole_index.members(row) for row in range(200)]
+    for at in range(4, len(whole), 61):  # never other offsets, never another kind of error
+        (tmp_path / "index.parquet").write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            index = Index.open(tmp_path)
+        except DataError:
+            continue
+        assert [index.members(row) for row in range(200)] == members, f"byte {at}"
+        next(tmp_path.glob(".index*")).unlink()
     pq.write_table(pa.table({"a": [1]}), tmp_path / "index.parquet")
     with pytest.raises(DataError, match="no index of shards"):
         Index.open(tmp_path)

@@ -1,5 +1,7 @@
 """kernels.score and its parts against plain definitions: cosine, top-k, history update."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.hashing import hash_ids
 from pipeline.kernels import cosine, score, top_k, update_history
+
+module = sys.modules["pipeline.kernels.score"]  # the attribute of that name is the function
 
 
 def table(histories: list[float], visits: list[int] | None = None) -> dict[str, torch.Tensor]:
@@ -165,9 +169,30 @@ class TestScore:
         with pytest.raises(ValueError, match=r"cosine \[g\] and slot \[g\]"):
             score(torch.zeros(3), slot=torch.arange(2), **table([0.0, 0, 0]))
 
-    def test_asks_the_device_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No `.item()`, `.tolist()`, `bool()` or choice by mask: each would wait for a GPU. Meta tensors cannot answer at all."""
-        for shape_of_answer in ("item", "tolist", "__bool__", "nonzero"):
-            monkeypatch.setattr(torch.Tensor, shape_of_answer, lambda *_: pytest.fail("asked the device"))
-        found = score(torch.zeros(8), slot=torch.arange(8), keep=3, valid=torch.ones(8, dtype=torch.bool), freeze=2, **table([0.0] * 8))
+    def test_the_path_of_other_devices_asks_nothing_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No `.item()`, `.tolist()`, `bool()` or choice by mask: each would wait for a GPU."""
+        for question in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
+            monkeypatch.setattr(torch.Tensor, question, lambda *_: pytest.fail("asked the device"))
+        monkeypatch.setattr(module, "hash_ids", lambda seed, ids: ids)  # on the CPU it goes through numpy; its other path has a test
+        rows, rule = torch.arange(8), {"momentum": None, "freeze": 2, "mean": False}
+        found = module._score_torch(torch.zeros(8), rows, *table([0.0] * 8).values(), 3, rows, torch.ones(8, dtype=torch.bool), 0, rule)
         assert found.rows.shape == (3,)
+
+    @settings(max_examples=200)
+    @given(data=st.data())
+    def test_numpy_and_torch_agree_bit_for_bit(self, data: st.DataObject) -> None:
+        size = data.draw(st.integers(1, 40))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+        cosine = (torch.rand(size, generator=generator) * 1.5 - 0.5).masked_fill_(torch.rand(size, generator=generator) < 0.1, torch.nan)
+        slot = torch.randint(0, 60, (size,), generator=generator) if data.draw(st.booleans()) else torch.randperm(60)[:size]
+        tables = [50 * torch.rand(60, generator=generator), torch.randint(0, 5, (60,), generator=generator).to(torch.uint8)]
+        valid = data.draw(st.sampled_from([None, torch.rand(size, generator=generator) < 0.7]))
+        rule = {"momentum": data.draw(st.sampled_from([None, 0.9])), "freeze": data.draw(st.sampled_from([None, 1, 3]))}
+        rule["mean"] = data.draw(st.booleans())
+        keep, results = data.draw(st.integers(1, size)), []
+        for path in (module._score_torch, module._score_numpy):
+            history, visits = (value.clone() for value in tables)
+            found = path(cosine, slot, history, visits, keep, slot + 7, valid, 5, rule)
+            results.append([*found, history, visits])
+        for one, other in zip(*results):
+            assert one.dtype == other.dtype and torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))

@@ -271,6 +271,6 @@ def test_a_shard_that_is_cut_off_while_it_is_read_stops_the_run(icons_small: Pat
     for path in copy.glob("*.tar"):
         with path.open("r+b") as file:
             file.truncate(2048)
-    with pytest.raises(DataError, match=r"\.tar: ends at byte 2048, the index expects a member at") as caught:
+    with pytest.raises(DataError, match=r"\.tar: ends at byte \d+, the index expects a member at") as caught:
         data.next()
     assert "Traceback" not in str(caught.value)  # also from a worker it is a message for people
