@@ -1,6 +1,7 @@
 """python -m pipeline train CONFIG | evaluate RUN | report RUN...   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
 
 import argparse
+import errno
 import json
 import sys
 import time
@@ -135,6 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}. Install the extra that brings it: pip install 'dissect-pipeline[train]'", file=sys.stderr)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}. Make room, then start the same command again; it goes on from the newest checkpoint", file=sys.stderr)
     except Exception as error:
         if type(error).__name__ not in ("CheckpointError", "NotFinite"):
             raise

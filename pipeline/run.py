@@ -88,16 +88,18 @@ class RunConfig(Strict):
             for part in parents:
                 place = place[part]
             place.pop(last)
+        values["data"]["weights"] = [source.weight for source in self.data.sources]  # shards may move, their shares decide the order
         return values
 
 
 class Lock:
-    """One process group per run folder. The kernel frees it when its holder dies, however it dies."""
+    """One process group per run folder. The kernel frees it when its holder dies, however it dies (a lock by lockf and not by flock:
+    that would be inherited by the loader's workers, which outlive a killed trainer by some seconds)."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / "run.lock").open("a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
@@ -113,11 +115,13 @@ def open_run(config: RunConfig, comm: Comm) -> Lock | None:
     """Makes the run folder and takes its lock on rank 0. Raises ConfigError on every rank when another process has it."""
     folder, lock, trouble = Path(config.out), None, None
     if comm.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = Lock(folder)
         except ConfigError as error:
             trouble = str(error)
+        except OSError as error:
+            trouble = f"out: {folder}: cannot be the run folder ({error}); choose another one"
     if trouble := comm.broadcast(trouble):
         raise ConfigError(trouble)
     return lock

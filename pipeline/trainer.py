@@ -82,6 +82,7 @@ class Trainer:
                     if stopping or p.step == self.steps or p.step % self.checkpoints.every == 0:
                         with p.timed("save"):
                             self.save()
+            self.record.trace.at(p.step)
             self.record.close()
         return p.step == self.steps
 
@@ -104,9 +105,12 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
         self.record.check_finite()
-        self.record.flush(self.progress.step)
         table = self.selector.selector.state_dict()
-        parts = [self.engine.save, lambda folder: checkpoint.write_lanes(folder, self.data.lanes, table)]
+        parts = [
+            lambda _: self.record.flush(self.progress.step),
+            self.engine.save,
+            lambda folder: checkpoint.write_lanes(folder, self.data.lanes, table),
+        ]
         facts = self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}
         checkpoint.write(self.folder, self.progress.step, self.engine.comm, facts, parts, self.checkpoints.keep)
 

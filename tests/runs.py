@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,14 @@ def same_rows(one: pa.Table, other: pa.Table) -> bool:
 def last_checkpoint(folder: Path) -> Path:
     """The newest folder with a COMMIT."""
     return sorted(path.parent for path in (folder / "checkpoints").glob("*/COMMIT"))[-1]
+
+
+def commit_again(folder: Path) -> None:
+    """Writes a COMMIT that fits the files as they are now, as someone would who can write to the folder."""
+    names = [path.name for path in folder.iterdir() if path.name != "COMMIT"]
+    files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256((folder / n).read_bytes()).hexdigest()} for n in names}
+    commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
+    (folder / "COMMIT").write_text(json.dumps(commit | {"files": files}), encoding="utf-8")
 
 
 def assert_same_end(one: Path, other: Path) -> None:

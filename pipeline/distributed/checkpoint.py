@@ -112,9 +112,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _retire(run: Path, keep: int) -> None:
-    committed = [p for p in _folders(run) if (p / "COMMIT").is_file()]
-    for old in committed[:-keep]:
-        (old / "COMMIT").unlink()  # first, so that a half-deleted folder is never mistaken for a checkpoint
+    folders = _folders(run)
+    kept = [p for p in folders if (p / "COMMIT").is_file()][-keep:]
+    for old in (p for p in folders if p not in kept):  # also what was cut off while it was written, or deleted
+        (old / "COMMIT").unlink(missing_ok=True)  # first, so that a half-deleted folder is never mistaken for a checkpoint
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -137,10 +138,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Compares every file with COMMIT and gives run.json. Raises CheckpointError that names the file and both values."""
     if not (folder / "COMMIT").is_file():
         raise CheckpointError(f"{folder}: has no COMMIT, so it was never finished; use an earlier checkpoint")
-    commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
-    if commit["format"] > FORMAT:
-        raise CheckpointError(f"{folder}: has format {commit['format']}, this version reads up to {FORMAT}; update the package")
-    for name, expected in commit["files"].items():
+    for name, expected in _committed_files(folder).items():
         path = folder / name
         found = _fingerprint(path) if path.is_file() else "nothing"
         if found != expected:
@@ -149,6 +147,18 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"Restore the file, or delete the folder {folder} to resume from the checkpoint before it"
             )
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def _committed_files(folder: Path) -> dict[str, Any]:
+    """What COMMIT lists. Raises CheckpointError where it cannot be read or is of a newer format."""
+    try:
+        commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
+        known, files = commit["format"] <= FORMAT, dict(commit["files"])
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{folder / 'COMMIT'}: is damaged; delete {folder} to resume from the checkpoint before it") from None
+    if not known:
+        raise CheckpointError(f"{folder}: has format {commit['format']}, this version reads up to {FORMAT}; update the package")
+    return files
 
 
 def agree(run: Path, expected: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+
 class Comm(Protocol):
     """What the rest of the code may ask of the other ranks. Every method is collective."""
 
@@ -87,13 +88,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
         out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous())
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 deprecates the name of 2.11
+        gather(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
         out = grad.new_empty((grad.shape[0] // dist.get_world_size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, grad.contiguous())
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(out, grad.contiguous())
         return out
 
 

@@ -62,7 +62,8 @@ class Record:
 
     def resume(self, step: int) -> None:
         """Drops what was written after the checkpoint of `step`: the steps are about to be run again."""
-        self._log.drop_after(step)
+        if self.comm.rank == 0:
+            self._log.drop_after(step)
         path = self.folder / "metrics.jsonl"
         if self.comm.rank == 0 and path.is_file():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -221,6 +222,7 @@ class _SelectionLog:
         return pa.table([pa.array(column[watched]) for column in columns], schema=self.schema)
 
     def drop_after(self, step: int) -> None:
-        for path in self.folder.glob(f"step-*-rank{self.rank:04d}.p*"):
+        """Of all ranks: there may have been more of them when it was written."""
+        for path in self.folder.glob("step-*-rank*.p*"):
             if int(path.name.split("-")[1]) > step or path.suffix == ".part":
                 path.unlink()

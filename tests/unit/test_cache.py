@@ -17,6 +17,8 @@ import pytest
 
 from pipeline.data.cache import ShardCache
 from pipeline.data.errors import DataError
+from pipeline.data.index import Index
+from pipeline.data.read import Reader
 
 SIZE = 300_000
 
@@ -226,3 +228,17 @@ def test_download_of_a_killed_process_is_taken_over(server: Server, tmp_path: Pa
     for number in (2, 3, 1):  # 2 and 3 need the room that the dead download holds
         assert read_all(cache.open(f"{server.url}/{number}", SIZE)) == body(number)
     assert held(tmp_path) <= 2 * SIZE and not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_a_reader_lets_go_of_what_was_evicted(icons_small: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for file in icons_small.glob("0*.tar"):
+        memory.pipe_file(f"/evicted/{file.name}", file.read_bytes())
+    memory.pipe_file("/evicted/index.parquet", (icons_small / "index.parquet").read_bytes())
+    index = Index.open("memory://evicted", str(tmp_path))
+    reader = Reader(index, ShardCache(str(tmp_path / "shards"), 2 * int(index.shard_bytes.max())))
+    whole = Reader(Index.open(icons_small), ShardCache(None))
+    for row in (0, 60, 110, 160, 0, 60):  # four shards through room for two
+        assert reader.read(row, ["png"]) == whole.read(row, ["png"])
+        assert held(tmp_path / "shards") <= 2 * int(index.shard_bytes.max())
+        assert len(reader._open) <= 3, "evicted shards are kept open, so their disk space is not freed"

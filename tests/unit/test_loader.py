@@ -74,7 +74,7 @@ def test_batches_do_not_depend_on_the_workers(icons_small: Path, module) -> None
         assert all(equal(batch, data.next()) for batch in expected)
 
 
-def test_an_image_looks_different_at_every_visit_and_the_same_again_after_a_restart(icons_small: Path, module) -> None:
+def test_augmentation_differs_between_the_visits_of_a_sample(icons_small: Path, module) -> None:
     data = module(icons_small)
     batches = [data.next() for _ in range(7)]
     looks: dict[int, set[bytes]] = {}
@@ -84,29 +84,27 @@ def test_an_image_looks_different_at_every_visit_and_the_same_again_after_a_rest
     assert len(looks) == 200 and np.mean([len(seen) for seen in looks.values()]) > 1.9
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 31])
+@pytest.mark.parametrize("step", [1, 4, 31])
 def test_a_resume_at_any_step_continues_identically(icons_small: Path, module, step: int) -> None:
     through = module(icons_small)
     for _ in range(step):
         through.next()
     state = through.state_dict()
     assert state["step"] == step and state["offered"] == step * 64
-    for workers in (0, 1, 2):
+    expected = [through.next() for _ in range(3)]
+    for workers in (0, 2):
         resumed = module(icons_small, workers=workers)
         resumed.next()  # what was begun before is forgotten
         resumed.load_state_dict(state)
-        expected = through if workers == 2 else module(icons_small)
-        if workers != 2:
-            expected.load_state_dict(state)
-        assert all(equal(expected.next(), resumed.next()) for _ in range(3))
-        assert resumed.state_dict()["step"] == step + 3
+        assert all(equal(batch, resumed.next()) for batch in expected)
+        assert resumed.state_dict() == through.state_dict()
 
 
 def test_the_next_thousand_ids_after_a_resume_are_those_of_the_uninterrupted_run(icons_small: Path, module) -> None:
     plain = module(icons_small)
     ids = torch.cat([plain.next().sample for _ in range(37 + 16)])[37 * 64 :]
     assert len(ids) >= 1000
-    for workers in (0, 1, 2):
+    for workers in (0, 1, 2):  # bar 5 of the issue
         resumed = module(icons_small, workers=workers)
         resumed.load_state_dict({"step": 37, "offered": 37 * 64, "bad": {}})
         assert torch.cat([resumed.next().sample for _ in range(16)]).equal(ids)
