@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Trainer:
         """Trains to the last step, or until a signal asks to stop; a checkpoint is written either way. True when training is complete."""
         p = self.progress
         stopping = False
-        with self.stop:
+        with self.stop, closing(self.record):
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
                 with p.timed("total"):
@@ -83,7 +83,6 @@ class Trainer:
                         with p.timed("save"):
                             self.save()
             self.record.trace.at(p.step)
-            self.record.close()
         return p.step == self.steps
 
     def score(self, batch: Batch) -> dict[str, Tensor] | None:
@@ -104,7 +103,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
-        self.record.check_finite()
+        self.record.check_finite(self.engine.weight_norm())
         table = self.selector.selector.state_dict()
         parts = [
             lambda _: self.record.flush(self.progress.step),

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -132,6 +134,19 @@ class Launcher:
         self._server.wait(10)
 
 
+@contextmanager
+def put_back() -> Iterator[None]:
+    """For runs inside of this process: what a run sets for a whole process is afterwards as it was."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def losses(folder: Path) -> list[tuple]:
     """(step, loss, gradient norm) of every line of metrics.jsonl that is a training step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -144,10 +159,15 @@ def selection_log(folder: Path) -> pa.Table:
     return pa.concat_tables(parts).sort_by([("step", "ascending"), ("sample", "ascending")])
 
 
+def columns(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns as arrays."""
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
 def same_rows(one: pa.Table, other: pa.Table) -> bool:
     """Equal columns bit for bit; a NaN equals itself."""
-    pairs = [(one[name].to_numpy(), other[name].to_numpy()) for name in one.column_names]
-    return one.schema.equals(other.schema) and all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+    here, there = columns(one), columns(other)
+    return one.schema.equals(other.schema) and all(here[name].tobytes() == there[name].tobytes() for name in here)
 
 
 def last_checkpoint(folder: Path) -> Path:

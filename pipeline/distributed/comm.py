@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-
 class Comm(Protocol):
     """What the rest of the code may ask of the other ranks. Every method is collective."""
 

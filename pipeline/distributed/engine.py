@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import platform
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, Strict
+from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.comm import Comm, connect
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch, Selection
@@ -146,13 +148,23 @@ class Engine:
         """The learning rate of a step."""
         return self.optimizer_config.rate_at(step, self.steps)
 
+    def weight_norm(self) -> Tensor:
+        """The norm of all trained weights; not finite when one of them is not."""
+        return torch.nn.utils.get_total_norm([p.detach() for p in self.parameters])
+
     def save(self, folder: Path) -> None:
         """Model (safetensors) and optimizer state of all ranks into `folder`. Collective."""
         self.accelerator.save_state(str(folder), safe_serialization=True)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote; the caller has checked the files against COMMIT. Collective."""
-        self.accelerator.load_state(str(folder))
+        """What `save` wrote; the caller has checked the files against COMMIT. Collective. Raises CheckpointError."""
+        try:
+            self.accelerator.load_state(str(folder))
+        except pickle.UnpicklingError:  # torch's own words advise to load it all the same
+            raise CheckpointError(
+                f"{folder}: optimizer.bin holds something other than tensors, and loading that could run code; it was not loaded. "
+                f"Find out who wrote it, or delete the folder to resume from the checkpoint before it"
+            ) from None
 
 
 def _groups(task: nn.Module, weight_decay: float) -> list[dict]:

@@ -6,7 +6,7 @@ Why it is shaped like this (S = s <x_i, y_j>, u = one product of B x N x D; figu
    bits, 0.25 at a logit of 60, and the rounding is relative: around the shift, where the softmax has its mass, almost nothing is lost.
  - The own pair is kept out of the matrix. Its coefficient p - 1 comes from the sum of the others, without cancellation: in bfloat16
    p = 0.999 would be 1 and its gradient 0.
- - The logits of the first rows are kept for backward, as far as they take no more room than three copies of the features.
+ - The logits of the first rows are kept for backward, as far as they take no more room than two float32 copies of the features.
 """
 
 import math
@@ -23,7 +23,7 @@ _LOG2E = math.log2(math.e)
 _STRIP = 512  # rows of a strip in forward
 _TALL = 1024  # in backward: fewer strips to add up the columns' gradients over
 _ELEMENTS = 2**18  # of a block of element-wise work: what it reads and writes stays in a 1 to 2 MB cache
-_PIECE = 1024  # columns whose gradient is added at a time
+_PIECE = 512  # rows of what is done to gradients a piece at a time
 _HEADROOM = 86.0  # nats above the shift before exp2 overflows float32 (at 88.7)
 _NEAR = 2.0  # nats from 0 under which a bfloat16 logit is rounded (by 0.004) no worse than its exponential
 _FAINT = 2.0**-100  # a sum under this may have lost its largest terms to underflow
@@ -83,7 +83,7 @@ class _Similarity(torch.autograd.Function):
         work_x, work_y = _workable(x), _workable(y)
         shift = _shift(work_x, work_y, s, offset)
         own = s * cosine - shift / _LOG2E
-        keep = _kept_rows(*x.shape) if any(ctx.needs_input_grad) else 0
+        keep = _kept_rows(work_x) if any(ctx.needs_input_grad) else 0
         row, col, logits = _sums(work_x, work_y, s, shift, offset, keep, exact)
         total, col_total = row + own.exp(), col + own.exp() if columns else None
         ctx.careful = any(bool(((value <= _FAINT) | (value == torch.inf)).any()) for value in (total, col_total) if value is not None)
@@ -169,20 +169,22 @@ def _gradients(
     strip = _tall_rows(rows)
     probabilities = torch.empty(strip, y.shape[0], dtype=x.dtype)
     dx, dy = (torch.empty(x.shape, dtype=dtype) if needs[0] else None), (torch.zeros(y.shape, dtype=exact) if needs[1] else None)
-    narrow, wide = torch.empty(max(strip, _PIECE), width, dtype=x.dtype), torch.empty(max(strip, _PIECE), width, dtype=exact)
-    ds = torch.zeros((), dtype=exact)
+    narrow = torch.empty(max(_PIECE, y.shape[0] if needs[1] and x.dtype != exact else 0), width, dtype=x.dtype)
+    wide, ds = torch.empty(_PIECE, width, dtype=exact), torch.zeros((), dtype=exact)
     for first in range(0, rows, strip):
-        mine, there = x[first : first + strip], y[offset + first : offset + min(first + strip, rows)]
-        p, weight = probabilities[: mine.shape[0]], own[first : first + strip, None]
-        rule.write(p, mine, y, first, offset, exact)
-        if dx is not None or needs[2]:
-            part = _widened(torch.mm(p, y, out=narrow[: p.shape[0]]), wide[: p.shape[0]]).addcmul_(weight, there.to(exact))
-            ds += torch.dot(part.flatten(), mine.to(exact).flatten())  # sum_ij G_ij <x_i, y_j>
+        last = min(first + strip, rows)
+        p = probabilities[: last - first]
+        rule.write(p, x[first:last], y, first, offset, exact)
+        for k in range(first, last, _PIECE) if needs[0] or needs[2] else ():
+            end = min(k + _PIECE, last)
+            part = _widened(torch.mm(p[k - first : end - first], y, out=narrow[: end - k]), wide[: end - k])
+            part.addcmul_(own[k:end, None], y[offset + k : offset + end].to(exact))
+            ds += torch.dot(part.flatten(), x[k:end].to(exact).flatten())  # sum_ij G_ij <x_i, y_j>
             if dx is not None:
-                dx[first : first + strip] = part.mul_(s)
+                dx[k:end] = part.mul_(s)
         if dy is not None:
-            _add_transposed(dy, p, mine, narrow, wide)
-            dy[offset + first : offset + first + p.shape[0]].addcmul_(weight, mine.to(exact))
+            _add_transposed(dy, p, x[first:last], narrow, wide)
+            dy[offset + first : offset + last].addcmul_(own[first:last, None], x[first:last].to(exact))
     return dx, None if dy is None else dy.mul_(s).to(dtype), ds if needs[2] else None
 
 
@@ -191,10 +193,10 @@ def _add_transposed(dy: Tensor, p: Tensor, x: Tensor, narrow: Tensor, wide: Tens
         dy.addmm_(p.T, x)
         return
     # a half-precision product rounds its result, so strips are added up outside of it
+    part = torch.mm(p.T, x, out=narrow[: dy.shape[0]])
     for c in range(0, dy.shape[0], _PIECE):
-        piece = dy[c : c + _PIECE]
-        part = torch.mm(p[:, c : c + _PIECE].T, x, out=narrow[: piece.shape[0]])
-        piece += wide[: piece.shape[0]].copy_(part)
+        piece = part[c : c + _PIECE]
+        dy[c : c + _PIECE] += wide[: piece.shape[0]].copy_(piece)
 
 
 def _write_logits(out: Tensor, x: Tensor, y: Tensor, s: float, shift: float, offset: int) -> None:
@@ -232,10 +234,10 @@ def _tall_rows(rows: int) -> int:
     return min(_TALL, max(16, rows // 4))
 
 
-def _kept_rows(rows: int, width: int) -> int:
-    """Rows whose logits are kept: whole strips, at most three in eight rows and no more numbers than three copies of the features."""
-    strip = _strip_rows(rows)
-    return min(rows * 3 // 8, 3 * width) // strip * strip
+def _kept_rows(x: Tensor) -> int:
+    """Rows whose logits are kept: whole strips, at most every second row and no more bytes than two float32 copies of the features."""
+    rows, strip = x.shape[0], _strip_rows(x.shape[0])
+    return min(rows // 2, 8 * x.shape[1] // x.element_size()) // strip * strip
 
 
 def _workable(rows: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Record:
         names = ["loss", *last.terms]
         shares = self.comm.sum(torch.stack([last.loss, *(last.terms[name] for name in names[1:])]).float()) / self.comm.size
         values = dict(zip(names, shares.tolist())) | {"grad_norm": last.grad_norm.item(), "lr": lr}
-        self._pending.clear()
+        del self._pending[:-1]  # the last one stays: what it did to the weights is looked at when they are saved
         now = _now(progress)
         seconds, waited, offered, trained, scored, steps = (after - before for after, before in zip(now, self._since))
         self._since, rate = now, offered / seconds
@@ -115,24 +115,27 @@ class Record:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} candidates/s, kept {values['kept_share']:.0%}", refresh=False)
 
-    def check_finite(self) -> None:
-        """Raises NotFinite when a step since the last log was not finite; called before every save, so no checkpoint holds NaN."""
+    def check_finite(self, weights: Tensor | None = None) -> None:
+        """Raises NotFinite when a step since the last log was not finite, or `weights`, the norm of the weights that it left.
+
+        Called with it before every save, so no checkpoint holds NaN.
+        """
         if not self._pending:
             return
         fine = torch.stack([trained.loss.isfinite() & trained.grad_norm.isfinite() for _, _, trained in self._pending])
+        if weights is not None:
+            fine[-1] &= weights.isfinite()
         first_bad = int((~fine).int().argmax()) if not fine.all() else len(self._pending)
         if not self.comm.any(first_bad < len(self._pending)):
             return
         first_bad = min(first_bad, len(self._pending) - 1)
         step, samples, trained = self._pending[first_bad]
         path = self.folder / f"not-finite-rank{self.comm.rank:04d}.json"
-        path.write_text(
-            json.dumps({"step": step, "loss": trained.loss.item(), "grad_norm": trained.grad_norm.item(), "samples": samples.tolist()}),
-            encoding="utf-8",
-        )
+        values = {"loss": trained.loss.item(), "grad_norm": trained.grad_norm.item()} | ({} if weights is None else {"weights": weights.item()})
+        path.write_text(json.dumps({"step": step} | values | {"samples": samples.tolist()}), encoding="utf-8")
         raise NotFinite(
-            f"step {step}: loss {trained.loss.item()} and gradient norm {trained.grad_norm.item()} are not finite on some rank. The sample ids of the step "
-            f"are in {path}. No checkpoint was written since; lower optimizer.lr or set engine.clip_grad_norm, then start again"
+            f"step {step}: {', '.join(f'{name} {value}' for name, value in values.items())}: not all finite on some rank. The sample ids of the "
+            f"step are in {path}. No checkpoint was written since; lower optimizer.lr or set engine.clip_grad_norm, then start again"
         )
 
     def event(self, values: dict[str, Any]) -> None:

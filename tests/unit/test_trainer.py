@@ -1,16 +1,18 @@
 """The trainer: the same bits for a seed, the published recipe, and a stop before anything that is not finite is saved."""
 
+import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from pipeline.distributed import checkpoint
 from pipeline.distributed.engine import OptimizerConfig
 from pipeline.run import RunConfig, TrainedRun, build
 from pipeline.trainer import Trainer
-from tests.runs import arguments, assert_same_end, commit_again, last_checkpoint, losses, selection_log
+from tests.runs import arguments, assert_same_end, columns, commit_again, last_checkpoint, losses, put_back, selection_log
 
 RESNET = """{name: open_clip, tokenizer: {kind: bpe, vocab_size: 300}, model: {embed_dim: 16,
     vision_cfg: {layers: [1, 1, 1, 1], width: 8, image_size: 32, head_width: 32}, text_cfg: {context_length: 8, width: 16, heads: 2, layers: 1}}}"""
@@ -30,12 +32,8 @@ RESNET = """{name: open_clip, tokenizer: {kind: bpe, vocab_size: 300}, model: {e
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """What a run sets for its whole process is put back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with put_back():
+        yield
 
 
 @pytest.fixture
@@ -107,7 +105,7 @@ def test_a_step_with_selection_is_plain_clip_training_on_the_chosen_rows(start) 
     trainer = start("selector={name: dissect, rate: 0.5}", "steps=3", "visits=null", "optimizer.weight_decay=0.2", "optimizer.warmup=0.0")
     first = {name: value.double() for name, value in weights(trainer).items()}
     assert trainer.fit()
-    chosen = selection_log(trainer.folder).to_pandas()
+    log = columns(selection_log(trainer.folder))
     names = ["image.weight", "image.bias", "text.weight", "logit_scale"]
     p = {name: nn.Parameter(first[f"towers.student.{name}"]) for name in names}
     groups = [{"params": [p["image.weight"], p["text.weight"]], "weight_decay": 0.2}, {"params": [p["image.bias"], p["logit_scale"]], "weight_decay": 0.0}]
@@ -115,7 +113,7 @@ def test_a_step_with_selection_is_plain_clip_training_on_the_chosen_rows(start) 
     again = start("selector={name: dissect, rate: 0.5}", "steps=3", "visits=null", out="again").data
     for step in range(3):
         batch = again.next()
-        kept = set(chosen[(chosen.step == step) & chosen.kept]["sample"])
+        kept = set(log["sample"][(log["step"] == step) & log["kept"]].tolist())
         assert len(kept) == 32
         rows = torch.tensor([sample in kept for sample in batch.sample.tolist()])
         pixels = (batch.fields["image"][rows].double() / 255 - 0.5) / 0.5
@@ -135,15 +133,14 @@ def test_a_step_with_selection_is_plain_clip_training_on_the_chosen_rows(start) 
 
 
 def test_the_score_table_is_what_the_steps_recorded(trained: Path) -> None:
-    log = selection_log(trained).to_pandas()
+    log = columns(selection_log(trained))
     lanes = [pq.read_table(path) for path in sorted(last_checkpoint(trained).glob("lanes-*.parquet"))]
-    visits = [visit for table in lanes for visit in table["visits"].to_pylist()]
-    assert len(visits) == 200 and sorted(visits) == sorted(log.groupby("sample").size())
-    warm = log[log.visit < 2].sort_values("step").groupby("sample").score.last()
-    scores = sorted(score for table in lanes for score in table["score"].to_pylist())
-    assert scores == pytest.approx(sorted(warm), abs=0)  # frozen at the sample's own last warm-up visit
-    after = log[log.step >= 7]
-    assert (after.groupby("step").kept.sum() == 32).all() and log[log.step < 7].kept.all()
+    visits = np.concatenate([table["visits"].to_numpy() for table in lanes])
+    assert len(visits) == 200 and sorted(visits) == sorted(Counter(log["sample"].tolist()).values())
+    warm = dict(zip(log["sample"][log["visit"] < 2].tolist(), log["score"][log["visit"] < 2].tolist()))  # the last one, rows go by step
+    scores = np.concatenate([table["score"].to_numpy() for table in lanes]).tolist()
+    assert sorted(scores) == sorted(warm.values())  # frozen at the sample's own last warm-up visit
+    assert [int(log["kept"][log["step"] == step].sum()) for step in range(18)] == [64] * 7 + [32] * 11
 
 
 def test_only_matrices_decay(start) -> None:
@@ -165,7 +162,7 @@ def test_the_schedule_is_linear_then_cosine() -> None:
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
     assert rates[10] == 2.0 and rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
     assert rates[35] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     share = OptimizerConfig(lr=1.0, warmup=0.1)
     assert [share.rate_at(step, 100) for step in (0, 4, 9, 10, 100)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.0])
     assert OptimizerConfig(lr=1.0, warmup=0.0).rate_at(0, 10) == 1.0
@@ -196,8 +193,8 @@ def test_an_infinite_weight_stops_the_run_with_the_sample_ids_and_without_a_chec
     said = capsys.readouterr().err
     assert "step 10: loss nan" in said and "not-finite-rank0000.json" in said and "optimizer.lr" in said
     found = json.loads((run / "not-finite-rank0000.json").read_text())
-    log = selection_log(trained).to_pandas()
-    offered = set(log[log.step == 10]["sample"])
+    log = columns(selection_log(trained))
+    offered = set(log["sample"][log["step"] == 10].tolist())
     assert found["step"] == 10 and len(found["samples"]) == 32 and set(found["samples"]) <= offered
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
     assert losses(run)[-1][0] == 10
@@ -206,7 +203,8 @@ def test_an_infinite_weight_stops_the_run_with_the_sample_ids_and_without_a_chec
 def test_a_learning_rate_that_explodes_leaves_no_checkpoint_that_is_not_finite(icons_small: Path, tmp_path: Path, capsys) -> None:
     changes = ["optimizer.lr=1e38", "optimizer.warmup=0.0", "checkpoint.every=1", "checkpoint.keep=99"]
     assert main(arguments(icons_small, tmp_path / "run", *changes)) == 2
-    assert "not finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 0: loss 5." in said and "not all finite" in said  # the loss was fine, what the step left was not
     for path in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values()), path
 
@@ -254,7 +252,7 @@ def test_trackers_and_traces_are_written(start, tmp_path: Path) -> None:
     events = EventAccumulator(str(next((tmp_path / "run" / "trackers").rglob("events.out.tfevents*")).parent))
     events.Reload()
     scalars = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert scalars == pytest.approx([(step, loss) for step, loss, _ in losses(tmp_path / "run")], rel=1e-6)
+    assert scalars == [(step, loss) for step, loss, _ in losses(tmp_path / "run")]
     trace = json.loads((tmp_path / "run" / "trace-4-6.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
 
