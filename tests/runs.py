@@ -116,6 +116,7 @@ class Launcher:
         """Starts `python -m pipeline COMMAND`, or `python -m MODULE ...` where the first word has a dot."""
         self._count += 1
         log = self.logs / f"{self._count:04d}.log"
+        log.touch()
         pid = self.ask({"run": list(command), "log": str(log), "environment": environment})
         return Child(self, pid, log)
 
@@ -220,6 +221,7 @@ def _become(message: dict[str, Any]) -> int:
     import runpy
 
     os.environ.update(message["environment"])
+    sys.path[:0] = filter(None, [message["environment"].get("PYTHONPATH")])
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):

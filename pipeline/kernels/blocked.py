@@ -20,8 +20,7 @@ from pipeline.kernels import careful
 from pipeline.kernels.clip import Problem
 
 _LOG2E = math.log2(math.e)
-_STRIP = 512  # rows of a strip in forward
-_TALL = 1024  # in backward: fewer strips to add up the columns' gradients over
+_STRIP = 1024  # rows of a strip; with fewer the columns' gradients are added up more often
 _ELEMENTS = 2**18  # of a block of element-wise work: what it reads and writes stays in a 1 to 2 MB cache
 _PIECE = 512  # rows of what is done to gradients a piece at a time
 _HEADROOM = 86.0  # nats above the shift before exp2 overflows float32 (at 88.7)
@@ -125,19 +124,19 @@ class _Probabilities:
 
     def write(self, out: Tensor, x: Tensor, y: Tensor, first: int, offset: int, exact: torch.dtype) -> None:
         rows, total = out.shape
-        kept = 0 if self.logits is None else min(max(self.logits.shape[0] - first, 0), rows)
-        if kept < rows:
-            _write_logits(out[kept:], x[kept:], y, self.s, self.shift, offset + first + kept)
+        logits = out
+        if self.logits is not None and first < self.logits.shape[0]:  # whole strips are kept
+            logits = self.logits[first : first + rows]
+        else:
+            _write_logits(out, x, y, self.s, self.shift, offset + first)
         height = min(rows, max(1, _ELEMENTS // total))
         exps, factors = torch.empty(height, total, dtype=exact), torch.empty(height, total, dtype=exact)
-        for start, stop in ((0, kept), (kept, rows)):
-            for k in range(start, stop, height):
-                end = min(k + height, stop)
-                block, alpha, e = out[k:end], self.alpha[first + k : first + end, None], exps[: end - k]
-                logits = self.logits[first + k : first + end] if k < kept else block
-                torch.exp2(_widened(logits, e), out=e)
-                e.mul_(alpha if self.beta is None else torch.add(alpha, self.beta, out=factors[: end - k]))
-                block.copy_(e)
+        for k in range(0, rows, height):
+            block = out[k : k + height]
+            e, alpha = exps[: block.shape[0]], self.alpha[first + k : first + k + block.shape[0], None]
+            torch.exp2(_widened(logits[k : k + height], e), out=e)
+            e.mul_(alpha if self.beta is None else torch.add(alpha, self.beta, out=factors[: block.shape[0]]))
+            block.copy_(e)
 
 
 def _sums(x: Tensor, y: Tensor, s: float, shift: float, offset: int, keep: int, exact: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -166,7 +165,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, y (in `dtype`) and s, strip by strip: P from `rule`, then dx = P y and dy += P' x, own pairs apart."""
     rows, width, exact = x.shape[0], x.shape[1], own.dtype
-    strip = _tall_rows(rows)
+    strip = _strip_rows(rows)
     probabilities = torch.empty(strip, y.shape[0], dtype=x.dtype)
     dx, dy = (torch.empty(x.shape, dtype=dtype) if needs[0] else None), (torch.zeros(y.shape, dtype=exact) if needs[1] else None)
     narrow = torch.empty(max(_PIECE, y.shape[0] if needs[1] and x.dtype != exact else 0), width, dtype=x.dtype)
@@ -210,7 +209,7 @@ def _write_logits(out: Tensor, x: Tensor, y: Tensor, s: float, shift: float, off
 def _shift(x: Tensor, y: Tensor, s: float, offset: int) -> float:
     """A typical logit times log2(e): the mean under the softmax of a few rows, their own columns left out. It decides only what is
     rounded. 0 where that is good enough (a summand costs 5 % of a product); never so low that a cosine of 1 could overflow."""
-    step_x, step_y = math.ceil(x.shape[0] / 64), math.ceil(y.shape[0] / 4096)
+    step_x, step_y = math.ceil(x.shape[0] / 32), math.ceil(y.shape[0] / 2048)
     logits = s * (x[::step_x] @ y[::step_y].T).float()
     rows, cols = torch.arange(0, x.shape[0], step_x), torch.arange(0, y.shape[0], step_y)
     logits.masked_fill_(offset + rows[:, None] == cols, -1e30)
@@ -227,11 +226,7 @@ def _widened(block: Tensor, out: Tensor) -> Tensor:
 
 
 def _strip_rows(rows: int) -> int:
-    return min(_STRIP, max(16, rows // 8))
-
-
-def _tall_rows(rows: int) -> int:
-    return min(_TALL, max(16, rows // 4))
+    return min(_STRIP, max(16, rows // 4))
 
 
 def _kept_rows(x: Tensor) -> int:

@@ -294,12 +294,3 @@ def test_memory_grows_with_the_rows_and_not_with_their_square() -> None:
             clip_loss(*problem, 14.3, impl="blocked").loss.backward()
         sizes[batch] = largest.numbers
     assert sizes[4096] <= 2.1 * sizes[2048] * 2 and sizes[4096] <= 1024 * 4096
-
-
-def test_auto_takes_blocked_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, original = [], blocked.clip_loss
-    monkeypatch.setattr(blocked, "clip_loss", lambda problem: taken.append(1) or original(problem))
-    for batch, expected in ((64, 0), (2048, 1)):
-        taken.clear()
-        clip_loss(*pairs(batch, 8), 14.3)
-        assert len(taken) == expected

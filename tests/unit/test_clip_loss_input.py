@@ -1,9 +1,18 @@
-"""The loss on bad input: every error says what was expected."""
+"""Which implementation the loss takes, and the loss on bad input: every error says what was expected."""
 
 import pytest
 import torch
 
-from pipeline.kernels import clip_loss
+from pipeline.kernels import blocked, clip_loss
+
+
+def test_auto_takes_blocked_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, original = [], blocked.clip_loss
+    monkeypatch.setattr(blocked, "clip_loss", lambda problem: taken.append(1) or original(problem))
+    for batch, expected in ((64, 0), (2048, 1)):
+        taken.clear()
+        clip_loss(torch.eye(8).repeat(batch // 8, 1), torch.eye(8).repeat(batch // 8, 1), 14.3)
+        assert len(taken) == expected
 
 
 @pytest.mark.parametrize(
