@@ -202,8 +202,9 @@ def top_k(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None = None) ->
     """The rows with the `keep` largest values, int64 [keep], ascending.
 
     `value` float [g] is compared as float32; equal values are ordered by `tie` (int64 [g] in [0, 2**63), a hash: its upper 28 bits
-    count). NaN comes after every number and rows with `valid` False (bool [g]) after that: they are chosen only when
-    there are too few others. Raises ValueError when `keep` is not in 1..g.
+    count); rows equal in both, such as one sample that stands in the group twice, are as good as each other. NaN comes after every
+    number and rows with `valid` False (bool [g]) after that: they are chosen only when there are too few others. Raises ValueError
+    when `keep` is not in 1..g.
     """
     _check_keep(keep, value.shape[0])
     value = value.detach().float()

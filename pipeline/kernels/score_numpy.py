@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.hashing import hash_ids
 
-__all__ = ["differential", "has_duplicates", "record", "top_k"]
+__all__ = ["differential", "has_duplicates", "record", "tie", "top_k"]
 
 
 def differential(

@@ -63,6 +63,7 @@ def test_a_folder_without_commit_is_passed_over_and_later_removed(run: Path, tra
     (run / "checkpoints" / KEPT[1] / "COMMIT").unlink()
     flip(run / "checkpoints" / KEPT[1] / "model.safetensors")
     shutil.copytree(run / "checkpoints" / KEPT[1], run / "checkpoints" / "step-00000013")  # cut off at a step that does not come again
+    shutil.copy(run / "selection" / "step-00000018-rank0000.parquet", run / "selection" / "step-00000013-rank0000.parquet")
     assert checkpoint.newest(run)[0].name == KEPT[0]
     assert train()[0] == 0
     assert_same_end(run, trained)

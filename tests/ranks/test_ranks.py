@@ -1,6 +1,7 @@
 """One, two and four ranks: the same choices, the same training, and errors that say how many would work."""
 
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
-from tests.runs import Launcher, arguments, columns, command_line, last_checkpoint, losses, put_back, selection_log
+from tests.runs import Launcher, arguments, columns, command_line, last_checkpoint, losses, put_back, selection_log, wait_for
 
 
 def free_port() -> int:
@@ -128,6 +129,17 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(
         assert_same_choices(trained, tmp_path / name)
         assert len(list(last_checkpoint(tmp_path / name).glob("lanes-*"))) == files
         assert len(selection_log(tmp_path / name)) == 18 * 64  # no step is logged twice
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pair = launcher.ranks(2, arguments(icons_small, run, "visits=100000", "stop.every=3"), free_port())
+    wait_for(lambda: any(child.poll() is not None for child in pair) or (run / "metrics.jsonl").exists(), "the first step")
+    assert pair[1].kill(signal.SIGUSR2)
+    said = [child.finish() for child in pair]
+    step = losses(run)[-1][0]
+    assert step % 3 == 0 and f"stopped by another rank at step {step} of" in said[0]
+    assert last_checkpoint(run).name == f"step-{step:08d}" and len(list(last_checkpoint(run).glob("lanes-*"))) == 2
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_on_every_rank(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
