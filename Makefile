@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools/torchvision_cpu.py | cksum | cut -d ' ' -f 1)
 TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
 
-.PHONY: env demo data test test-slow lint bench clean
+.PHONY: env demo data test test-slow lint golden bench clean
 
 env: $(READY)
 
@@ -37,6 +37,10 @@ test: lint
 # minutes: twenty kills, and everything else that is marked slow
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# the resolved form of every config, compared by tests/golden; look at the diff before committing it
+golden: env
+	$(BIN)/python -m tests.golden.test_golden
 
 bench: env
 	$(BIN)/python -m benchmarks.kernel
