@@ -132,8 +132,8 @@ class Launcher:
 
     def close(self) -> None:
         """Ends the server; the children have ended by then."""
-        self._server.stdin.close()
-        self._server.wait(10)
+        self._server.terminate()  # to close its stdin is not enough: processes forked from this one may have it open too
+        self._server.communicate(timeout=60)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Every file of configs/ resolves to its committed text, so that a changed default shows in review as a diff.
 
-After a change that is meant: python -m tests.golden.test_golden (or `make golden`) writes the texts again; look at the diff, commit it.
+After a change that is meant: python -m tests.golden.test_golden writes the texts again; look at the diff, commit it.
 """
 
 from pathlib import Path

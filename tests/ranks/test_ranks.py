@@ -17,7 +17,7 @@ from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
-from tests.runs import Launcher, arguments, columns, command_line, last_checkpoint, losses, put_back, selection_log, wait_for
+from tests.runs import DEBUG, Launcher, arguments, columns, command_line, last_checkpoint, losses, put_back, selection_log, wait_for
 
 
 def free_port() -> int:
@@ -41,7 +41,7 @@ SELECTORS = [dissect.Config(rate=0.25, warmup_visits=1), big_loss.Config(rate=0.
 
 @pytest.mark.parametrize("config", SELECTORS, ids=lambda config: config.name)
 def test_one_two_and_four_ranks_choose_the_same_rows_of_given_features(icons_small: Path, config) -> None:
-    data = load(RunConfig, "configs/pretrain/debug.yaml", [f"data.sources.0.url={icons_small}"]).data
+    data = load(RunConfig, DEBUG, [f"data.sources.0.url={icons_small}"]).data
     plan = layout(Sources.open(data).shapes, 64, 8, 4, 2, 0)
     make = torch.Generator().manual_seed(1)
     steps = plan.steps_for(4)
@@ -151,7 +151,7 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_on_every_rank(launche
 
 
 def test_the_lock_of_a_run_folder_is_seen_by_all_ranks(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
-    config = load(RunConfig, "configs/pretrain/debug.yaml", [f"out={tmp_path / 'run'}"])
+    config = load(RunConfig, DEBUG, [f"out={tmp_path / 'run'}"])
     from pipeline.distributed.comm import LocalComm
     from pipeline.run import open_run
 
