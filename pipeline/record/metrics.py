@@ -131,7 +131,9 @@ class Record:
         first_bad = min(first_bad, len(self._pending) - 1)
         step, samples, trained = self._pending[first_bad]
         path = self.folder / f"not-finite-rank{self.comm.rank:04d}.json"
-        values = {"loss": trained.loss.item(), "grad_norm": trained.grad_norm.item()} | ({} if weights is None else {"weights": weights.item()})
+        values = {"loss": trained.loss.item(), "grad_norm": trained.grad_norm.item()} | (
+            {} if weights is None else {"weights": weights.item()}
+        )
         path.write_text(json.dumps({"step": step} | values | {"samples": samples.tolist()}), encoding="utf-8")
         raise NotFinite(
             f"step {step}: {', '.join(f'{name} {value}' for name, value in values.items())}: not all finite on some rank. The sample ids of the "

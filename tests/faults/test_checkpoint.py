@@ -116,10 +116,19 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_what_differs(run: P
     assert {path: path.read_bytes() for path in before} == before  # the run that is there is left as it was
 
 
-def test_what_changes_neither_samples_nor_weights_may_change(run: Path, trained: Path, icons_small: Path, tmp_path: Path, train: Train) -> None:
+def test_what_changes_neither_samples_nor_weights_may_change(
+    run: Path, trained: Path, icons_small: Path, tmp_path: Path, train: Train
+) -> None:
     shutil.rmtree(run / "checkpoints" / KEPT[1])
     moved = shutil.copytree(icons_small, tmp_path / "moved")
-    changes = ["data.workers=0", "data.prefetch=1", "checkpoint.every=4", "checkpoint.keep=3", "record.trackers=[]", "data.max_bad_fraction=0.5"]
+    changes = [
+        "data.workers=0",
+        "data.prefetch=1",
+        "checkpoint.every=4",
+        "checkpoint.keep=3",
+        "record.trackers=[]",
+        "data.max_bad_fraction=0.5",
+    ]
     assert train(*changes, data=moved)[0] == 0
     assert_same_end(run, trained)
     assert folders(run) == ["step-00000012", "step-00000016", "step-00000018"]
@@ -155,14 +164,18 @@ def small_disk(tmp_path: Path, trained: Path) -> Iterator[Callable[[int], None]]
     folder = tmp_path / "run"
     folder.mkdir()
     one = sum(path.stat().st_size for path in (trained / "checkpoints" / KEPT[1]).iterdir())
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={one * 5 // 2048}k", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={one * 5 // 2048}k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
     if made.returncode:
         pytest.skip(f"no mount in this container: {made.stderr}")
     yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(folder)], check=True)
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_room_lets_it_go_on(small_disk, tmp_path: Path, trained: Path, train: Train) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_room_lets_it_go_on(
+    small_disk, tmp_path: Path, trained: Path, train: Train
+) -> None:
     run = tmp_path / "run"
     code, said = train("checkpoint.every=3")
     assert code == 2 and "could not be written" in said and "make room" in said and "Earlier checkpoints stay" in said

@@ -61,7 +61,9 @@ def test_two_runs_of_one_seed_are_equal_to_the_last_bit_and_two_seeds_are_not(tr
     assert_same_end(tmp_path / "run", trained)  # this process, and one from the command line
     assert start("seed=1", out="other").fit()
     assert losses(tmp_path / "other") != losses(trained)
-    assert not same(load_file(last_checkpoint(tmp_path / "other") / "model.safetensors"), load_file(last_checkpoint(trained) / "model.safetensors"))
+    assert not same(
+        load_file(last_checkpoint(tmp_path / "other") / "model.safetensors"), load_file(last_checkpoint(trained) / "model.safetensors")
+    )
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(trained: Path, icons_small: Path, tmp_path: Path) -> None:
@@ -108,7 +110,10 @@ def test_a_step_with_selection_is_plain_clip_training_on_the_chosen_rows(start) 
     log = columns(selection_log(trainer.folder))
     names = ["image.weight", "image.bias", "text.weight", "logit_scale"]
     p = {name: nn.Parameter(first[f"towers.student.{name}"]) for name in names}
-    groups = [{"params": [p["image.weight"], p["text.weight"]], "weight_decay": 0.2}, {"params": [p["image.bias"], p["logit_scale"]], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p["image.weight"], p["text.weight"]], "weight_decay": 0.2},
+        {"params": [p["image.bias"], p["logit_scale"]], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
     again = start("selector={name: dissect, rate: 0.5}", "steps=3", "visits=null", out="again").data
     for step in range(3):
@@ -152,7 +157,9 @@ def test_only_matrices_decay(start) -> None:
     for p in free["params"]:
         assert p.ndim == 1
     without = {names[id(p)] for p in free["params"]}
-    assert {name for name in names.values() if name.endswith("bias") or "logit_scale" in name or ".bn1." in name or ".ln_" in name} <= without
+    assert {
+        name for name in names.values() if name.endswith("bias") or "logit_scale" in name or ".bn1." in name or ".ln_" in name
+    } <= without
     assert all(name.endswith(("weight", "embedding", "projection")) for name in names.values() if name not in without)
 
 
@@ -267,5 +274,8 @@ def test_an_evaluation_while_training_does_not_change_it(trained: Path, start, i
     best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     assert best["zero_shot_top1"] == max(line["eval"]["zero_shot_top1"] for line in evaluated)
     if best["step"] == 18:
-        assert same(load_file(tmp_path / "run" / "best" / "model.safetensors"), load_file(checkpoint.folder_of(tmp_path / "run", 18) / "model.safetensors"))
+        assert same(
+            load_file(tmp_path / "run" / "best" / "model.safetensors"),
+            load_file(checkpoint.folder_of(tmp_path / "run", 18) / "model.safetensors"),
+        )
     assert read_yaml((tmp_path / "run" / "resolved.yaml").read_text())["evaluation"]["every"] == 6
