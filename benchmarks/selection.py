@@ -84,7 +84,8 @@ def main() -> None:
         for seed in range(args.seeds):
             more = []
             if name == "random+time":
-                extra = rows["dissect"][seed]["seconds"] / rows["random"][seed]["seconds"]
+                # the median over seeds: on a shared machine a single run's seconds say as much about the neighbours
+                extra = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows["dissect"], rows["random"]))
                 more = [f"visits={VISITS * extra:.1f}"]
             result = run(name, seed, [f"selector.name={name.partition('+')[0]}", *more, *args.overrides], args.out)
             rows[name].append(figures(result))
