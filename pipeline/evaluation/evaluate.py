@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config import ConfigError, Strict
 from pipeline.data.decode import Decoder, captions
-from pipeline.data.errors import BadSample
+from pipeline.data.errors import BadSample, DataError
 from pipeline.data.lanes import Rows
 from pipeline.data.loader import DataConfig, Fetch, SourceConfig, Sources, batches
 from pipeline.data.storage import join, read_parquet
@@ -67,6 +67,8 @@ class HeldOut:
                 texts.append(captions(members["txt"]) if "txt" in members else [])
                 targets.append(int(members["cls"]) if from_file else -1)
                 rows.append(row)
+            except DataError:
+                raise  # the storage's fault, not the sample's
             except (BadSample, ValueError, KeyError):
                 del texts[len(rows) :]  # counted as unusable: rows is shorter than num_samples
         if from_file:

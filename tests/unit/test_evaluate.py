@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import webdataset as wds
 
 from pipeline.__main__ import main
+from pipeline.data.loader import DataConfig, Sources
 from tools.make_shards import main as make_shards
 
 
@@ -84,3 +87,22 @@ def test_classes_that_do_not_fit_the_shards_are_an_error(
     assert "holds class 2" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_not_taken_for_bad_samples(
+    trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = tmp_path / "000.tar"
+    shutil.copy(labelled / "000.tar", shard)
+    assert make_shards(["tars", str(tmp_path / "index"), "--shards", str(shard)]) == 0
+    opened = Sources.open
+
+    def open_then_cut(config: DataConfig) -> Sources:
+        sources = opened(config)
+        if config.sources[0].url == str(tmp_path / "index"):
+            os.truncate(shard, 4096)
+        return sources
+
+    monkeypatch.setattr(Sources, "open", open_then_cut)
+    assert main(["evaluate", str(trained), "--data", str(tmp_path / "index")]) == 2
+    assert "does not match its shard" in capsys.readouterr().err
