@@ -4,7 +4,6 @@ import atexit
 import multiprocessing
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,14 +211,12 @@ class DataModule:
         self.lanes = RankLanes(layout, rank, world_size)
         self.bad: Counter[str] = Counter()
         self.offered = 0  # rows of this rank, up to and with the batch last returned
-        self.wait_seconds = 0.0
         self.step = 0
         self._iterator: Iterator[Batch] | None = None
         self._ahead: Batch | None = None
 
     def next(self) -> Batch:
         """The batch of the current step, on the device; the one after it starts its way there. Raises DataError past the cap of bad samples."""
-        began = time.perf_counter()
         if self._iterator is None:
             requests = _Requests(self.lanes, self.step, self.steps)
             self._iterator = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
@@ -227,7 +224,6 @@ class DataModule:
         batch, self._ahead = self._ahead, self._advance()
         if batch is None:
             raise StopIteration(f"the data module was made for {self.steps} steps")
-        self.wait_seconds += time.perf_counter() - began
         self.step += 1
         self._count(batch)
         return batch
