@@ -1,7 +1,7 @@
 """The one object that knows of other processes; everything else takes it as an argument."""
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ class Comm(Protocol):
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, without gradient; a new tensor."""
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """[size * n, ...] of each rank -> [n, ...], this rank's part of the sum over ranks, without gradient."""
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes. Waits for the device."""
@@ -42,6 +45,9 @@ class LocalComm:
     def sum(self, x: Tensor) -> Tensor:
         return x.detach().clone()
 
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -60,11 +66,17 @@ class GroupComm:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def gather(self, x: Tensor) -> Tensor:
-        return _Gather.apply(x)
+        return _Gather.apply(x, self)
 
     def sum(self, x: Tensor) -> Tensor:
         out = x.detach().clone()
         dist.all_reduce(out)
+        return out
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 deprecates the name of 2.11
+        scatter(out, x.detach().contiguous())
         return out
 
     def any(self, flag: bool) -> bool:
@@ -85,18 +97,16 @@ class _Gather(torch.autograd.Function):
     """All-gather forward, reduce-scatter (sum) backward: each rank's rows receive the gradients of every rank's loss."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: "GroupComm") -> Tensor:
+        ctx.comm = comm
         out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 deprecates the name of 2.11
         gather(out, x.contiguous())
         return out
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        out = grad.new_empty((grad.shape[0] // dist.get_world_size(), *grad.shape[1:]))
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(out, grad.contiguous())
-        return out
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.comm.scatter_sum(grad), None
 
 
 def connect(device: torch.device) -> Comm:

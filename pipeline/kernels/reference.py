@@ -1,11 +1,12 @@
-"""The loss in plain torch with autograd: the definition, the fallback and the baseline. Stores two B x N matrices (one when square)."""
+"""The losses in plain torch with autograd: the definition, the fallback and the baseline. They store B x N (CLIP's twice if not square)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from pipeline.kernels.clip import Problem
+from pipeline.kernels.checks import Problem
 
 
 def clip_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -25,6 +26,19 @@ def clip_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     removed = problem.weight == 0
     per_sample, p_row, p_col = (value.masked_fill(removed, 0) for value in (per_sample, p_row, p_col))
     return (problem.weight * per_sample).mean(), per_sample, cosine, p_row, p_col
+
+
+def siglip_loss(problem: Problem, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(per_sample, cosine), [B], of a checked problem; rows of weight 0 hold anything in per_sample."""
+    exact = problem.scale.dtype
+    image, all_text = problem.image.to(exact), problem.all_text.to(exact)
+    logits = problem.scale * _Product.apply(image, all_text) + bias
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    sign = torch.ones_like(logits).index_put_((rows, problem.offset + rows), torch.full((), -1.0, dtype=exact, device=logits.device))
+    losses = softplus(sign * logits, threshold=80)
+    if problem.used is not None:
+        losses = losses.masked_fill(~problem.used, 0)
+    return losses.sum(1), (problem.image.detach().to(exact) * problem.text.detach().to(exact)).sum(1)
 
 
 class _Product(torch.autograd.Function):

@@ -30,9 +30,4 @@ class Clip(Objective):
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         image, text = features["image"], features["text"]
         weights = selection.weights.get("clip", batch.valid.to(image.dtype))
-        if comm.size == 1:
-            return clip_loss(image, text, features["scale"], weights=weights, impl=self.impl).loss
-        columns = (comm.gather(image), comm.gather(text))
-        return clip_loss(
-            image, text, features["scale"], columns=columns, offset=comm.rank * len(batch), weights=comm.gather(weights), impl=self.impl
-        ).loss
+        return clip_loss(image, text, features["scale"], weights=weights, comm=comm, impl=self.impl).loss

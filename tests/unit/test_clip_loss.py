@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.kernels import blocked, careful, clip_loss
+from pipeline.kernels import blocked, clip_loss
+from pipeline.kernels.blocked import careful
 
 IMPLEMENTATIONS = ["reference", "blocked"]
 
@@ -226,7 +227,7 @@ def test_repeats_bit_for_bit_and_backward_can_run_twice() -> None:
 def test_kept_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pairs(700)
     with_kept = run(*rows, 50.0, torch.bfloat16, "blocked")
-    monkeypatch.setattr(blocked, "_kept_rows", lambda *_: 0)
+    monkeypatch.setattr(blocked, "kept", lambda *_: 0)
     assert torch.equal(run(*rows, 50.0, torch.bfloat16, "blocked")["grads"], with_kept["grads"])
 
 

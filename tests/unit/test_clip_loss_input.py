@@ -7,8 +7,8 @@ from pipeline.kernels import blocked, clip_loss
 
 
 def test_auto_takes_blocked_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, original = [], blocked.clip_loss
-    monkeypatch.setattr(blocked, "clip_loss", lambda problem: taken.append(1) or original(problem))
+    taken, original = [], blocked.sums
+    monkeypatch.setattr(blocked, "sums", lambda *given: taken.append(1) or original(*given))
     for batch, expected in ((64, 0), (2048, 1)):
         taken.clear()
         clip_loss(torch.eye(8).repeat(batch // 8, 1), torch.eye(8).repeat(batch // 8, 1), 14.3)
@@ -44,8 +44,8 @@ def test_rows(image: torch.Tensor, text: torch.Tensor, message: str) -> None:
         ({"weights": torch.tensor([1.0, -1, 1, 1])}, "must be 0 or more, found -1.0"),
         ({"weights": torch.tensor([1.0, float("nan"), 1, 1])}, "must be 0 or more, found nan"),
         ({"history": torch.ones(5)}, r"expected history \[4\], found \(5,\)"),
-        ({"impl": "triton"}, "'triton' is not built in yet; use one of reference, blocked or auto"),
-        ({"impl": "fast"}, "unknown impl 'fast'; known: auto, reference, blocked"),
+        ({"impl": "triton"}, "impl 'triton' runs on CUDA devices, the rows are on cpu; use 'reference' or 'auto'"),
+        ({"impl": "fast"}, "unknown impl 'fast'; known: auto, reference, blocked, triton"),
     ],
 )
 def test_arguments(given: dict, message: str) -> None:
