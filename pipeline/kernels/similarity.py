@@ -62,7 +62,6 @@ class Similarity(NamedTuple):
 
 def similarity(pairs: Pairs, impl: str) -> Similarity:
     """The sums of `pairs`, with gradients for x, y, scale and bias. Raises ModuleNotFoundError where `impl` needs an extra."""
-    _module(impl)  # a missing extra is named here, not from inside the op
     tensors = (pairs.x, pairs.y, pairs.scale, pairs.bias)
     keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
     return Similarity(*torch.ops.dissect.similarity(*pairs, impl, keep)[:3])

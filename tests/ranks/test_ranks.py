@@ -68,11 +68,12 @@ def test_one_two_and_four_ranks_choose_the_same_rows_of_given_features(icons_sma
     assert tables[1] == tables[2] == tables[4] and len(tables[1]) == 200
 
 
-def test_every_objective_gives_two_ranks_the_gradient_of_the_whole_batch(launcher: Launcher) -> None:
-    """float64; the ranks' gradients are averaged as DDP does, see pipeline/objectives/base.py."""
-    said = [child.finish() for child in launcher.ranks(2, ["tests.ranks.objectives"], free_port())]
-    assert "clip" in said[0] and all("agrees" in line for line in said[0].splitlines() if line.startswith("objective "))
-    assert said[0].count("agrees") >= 2
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_objective_gives_the_ranks_the_gradient_of_the_whole_batch(launcher: Launcher, ranks: int) -> None:
+    """float64; the ranks' gradients are averaged as DDP does, see pipeline/objectives/base.py. Some ranks have fewer rows than others."""
+    said = [child.finish() for child in launcher.ranks(ranks, ["tests.ranks.objectives"], free_port())]
+    assert all(word in said[0] for word in ("objective clip, blocked", "objective siglip, blocked", "bfloat16 agrees"))
+    assert all("agrees" in line for line in said[0].splitlines() if line.startswith("objective "))
 
 
 @pytest.fixture(scope="module")
