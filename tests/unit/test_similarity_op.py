@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from pipeline.kernels import clip_loss, siglip_loss
 from pipeline.kernels.similarity import Pairs, similarity
@@ -40,7 +41,7 @@ def nodes(function: Any, *given: torch.Tensor) -> tuple[list[str], list[str], li
     def look(into: list[str]) -> Any:
         def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
             into.extend(str(node.target) for node in graph.graph.nodes if "dissect" in str(node.target))
-            return graph.forward
+            return make_boxed_func(graph.forward)
 
         return compiler
 
