@@ -64,7 +64,8 @@ def checked(
 def scalar(value: Tensor | float, rows: Tensor, what: str, name: str) -> Tensor:
     """A number or tensor of shape () or (1,) as a tensor [], float64 for float64 rows and else float32. Raises ValueError."""
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    found = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=exact)
+    # filled where it is needed: a copy to the device would wait for it
+    found = value if isinstance(value, Tensor) else torch.full((), float(value), dtype=exact, device=rows.device)
     if found.shape not in ((), (1,)) or not found.is_floating_point():
         raise ValueError(f"{what}: expected {name} as a number or a floating tensor of shape () or (1,), found {_kind(found)}")
     return found.reshape(()).to(rows.device, exact)
