@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn.functional import softplus
 
 from pipeline.distributed.comm import Comm
@@ -60,7 +61,7 @@ def clip_loss(
     if history is not None and history.shape != (image.shape[0],):
         raise ValueError(f"clip_loss: expected history [{image.shape[0]}], found {tuple(history.shape)}")
     chosen = choose(impl, problem, "clip_loss")
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False), record_function("kernels.clip_loss"):
         if chosen == "reference":
             loss, per_sample, cosine, p_row, p_col = reference.clip_loss(ranks.with_columns(problem))
         else:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from pipeline.hashing import hash_ids
 from pipeline.kernels import score_numpy
@@ -67,7 +68,8 @@ def score(
     _check_keep(keep, slot.shape[0])
     given = (cosine.detach().float(), slot, history, visits, keep, slot if sample is None else sample, valid)
     rule = {"momentum": momentum, "freeze": freeze, "mean": mean}
-    return _score_numpy(*given, seed, rule) if slot.device.type == "cpu" else _score_torch(*given, seed, rule)
+    with record_function("kernels.score"):
+        return _score_numpy(*given, seed, rule) if slot.device.type == "cpu" else _score_torch(*given, seed, rule)
 
 
 def _score_torch(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn.functional import softplus
 
 from pipeline.distributed.comm import Comm
@@ -46,7 +47,7 @@ def siglip_loss(
     given = None if columns is None else (columns, columns)
     problem = checked(image, text, logit_scale, given, offset, weights, comm, "siglip_loss")
     bias, chosen = scalar(logit_bias, image, "siglip_loss", "logit_bias"), choose(impl, problem, "siglip_loss")
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False), record_function("kernels.siglip_loss"):
         if chosen == "reference":
             per_sample, cosine = reference.siglip_loss(ranks.with_columns(problem), bias)
         else:

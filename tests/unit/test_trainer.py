@@ -261,7 +261,21 @@ def test_trackers_and_traces_are_written(start, tmp_path: Path) -> None:
     scalars = [(event.step, event.value) for event in events.Scalars("loss")]
     assert scalars == [(step, loss) for step, loss, _ in losses(tmp_path / "run")]
     trace = json.loads((tmp_path / "run" / "trace-4-6.json").read_text())
-    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    named = Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation")
+    assert named["kernels.clip_loss"] == 2 and named["kernels.score"] == 2 * 2, "two steps of two groups"
+
+
+@pytest.mark.parametrize("kernel", ["pipeline.objectives.clip.clip_loss", "pipeline.kernels.score", "pipeline.kernels.cosine"])
+def test_nothing_is_trained_without_the_kernels(start, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step goes through them: there is no second formula beside them."""
+
+    def broken(*given: Any, **named: Any) -> None:
+        raise RuntimeError("the kernel is gone")
+
+    trainer = start()
+    monkeypatch.setattr(kernel, broken)
+    with pytest.raises(RuntimeError, match="the kernel is gone"):
+        trainer.fit()
 
 
 def test_an_evaluation_while_training_does_not_change_it(trained: Path, start, icons_small: Path, tmp_path: Path) -> None:
