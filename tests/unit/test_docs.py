@@ -19,10 +19,10 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 def test_the_python_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
-    for block in blocks:
-        scope: dict = {}
+    scopes: list[dict] = [{} for _ in blocks]
+    for block, scope in zip(blocks, scopes):
         exec(compile(block, "README.md", "exec"), scope)
-        assert len(scope["rows"]) == 32
+    assert len(scopes[0]["rows"]) == 32 and scopes[1]["out"].delta.shape == scopes[1]["out"].p_row.shape == (2000,)
 
 
 def test_every_make_target_the_documents_name_exists() -> None:
