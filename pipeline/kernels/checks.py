@@ -10,7 +10,7 @@ from pipeline.distributed.comm import Comm, LocalComm
 from pipeline.kernels.similarity import IMPLEMENTATIONS
 
 _TILED_FROM = 256  # rows and columns; with fewer the reference is faster, its one matrix fits the cache
-_DEVICE = {"blocked": "cpu", "native": "cpu", "triton": "cuda"}
+_DEVICE = {"blocked": "cpu", "triton": "cuda"}
 
 
 class Problem(NamedTuple):
