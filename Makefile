@@ -4,14 +4,14 @@ BIN := .venv/bin
 READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools/torchvision_cpu.py | cksum | cut -d ' ' -f 1)
 TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
 
-.PHONY: env demo data test test-slow lint golden bench clean
+.PHONY: env demo data test test-slow test-slurm test-all lint golden bench clean
 
 env: $(READY)
 
 # torch is named beside the extras: asked for by a dependency alone, pip would take the newest build with gigabytes of CUDA
 $(READY):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,triton,demo,dev]'
 	$(BIN)/python tools/torchvision_cpu.py
 	rm -f .venv/.ready-* && touch $@
 
@@ -32,11 +32,17 @@ lint: env
 	$(BIN)/python tools/check_size.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
 
-# minutes: twenty kills, and everything else that is marked slow
+# minutes: twenty kills, every ZeRO stage, every kernel compiled ahead of time
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# preemption, crashed nodes, time limits on a Slurm cluster that the tests start; needs root and Debian's packages
+test-slurm: env
+	$(BIN)/python -m pytest -m "slurm and not slow"
+
+test-all: test-slow test-slurm
 
 # the resolved form of every config, compared by tests/golden; look at the diff before committing it
 golden: env

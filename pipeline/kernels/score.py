@@ -1,6 +1,7 @@
 """Scores and choices: the one place of cosine, differential, history update and top-k. No loop over samples, no wait for the device."""
 
 from functools import lru_cache
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ def cosine(image: Tensor, text: Tensor) -> Tensor:
     """
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(f"cosine: expected image and text of one shape [B, D], found {tuple(image.shape)} and {tuple(text.shape)}")
+    if image.device.type == "cuda" and not (torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)):
+        return import_module("pipeline.kernels.gpu").cosine(image, text)
     image, text = image.float(), text.float()
     dot = (image * text).sum(1)
     for rows in (image, text):  # one after the other: the product of two small norms could be 0
@@ -65,10 +68,13 @@ def score(
     """
     if cosine.dim() != 1 or slot.shape != cosine.shape:
         raise ValueError(f"score: expected cosine [g] and slot [g], found {tuple(cosine.shape)} and {tuple(slot.shape)}")
-    _check_keep(keep, slot.shape[0])
+    check_keep(keep, slot.shape[0])
     given = (cosine.detach().float(), slot, history, visits, keep, slot if sample is None else sample, valid)
     rule = {"momentum": momentum, "freeze": freeze, "mean": mean}
     with record_function("kernels.score"):
+        if slot.device.type == "cuda":
+            named = {"slot": slot, "history": history, "visits": visits, "keep": keep, "sample": sample, "valid": valid}
+            return import_module("pipeline.kernels.gpu").score(cosine, **named, **rule, seed=seed)
         return _score_numpy(*given, seed, rule) if slot.device.type == "cpu" else _score_torch(*given, seed, rule)
 
 
@@ -94,7 +100,7 @@ def _score_torch(
     rows = None
     if keep is not None:
         # sample and visits in one word: half the hashing
-        rows = _top_k_torch(differential, keep, hash_ids(seed, sample * 256 + count), countable)
+        rows = top_k_torch(differential, keep, hash_ids(seed, sample * 256 + count), countable)
     _record_torch(history, visits, slot, current, countable, before, count, **rule)
     return Scored(rows, differential, current, before, known)
 
@@ -111,7 +117,7 @@ def _score_numpy(
     rule: dict,
 ) -> Scored:
     table, counter, slots = history.numpy(), visits.numpy(), slot.numpy()
-    _check_slots(slots, table)
+    check_slots(slots, table)
     before, count = table[slots], counter[slots]
     change, current, countable, known = score_numpy.differential(cosine.numpy(), None if valid is None else valid.numpy(), before, count)
     rows = None
@@ -127,7 +133,7 @@ def _score_numpy(
 
 def _neutral_where_unknown(differential: Tensor, known: Tensor, countable: Tensor) -> Tensor:
     # nanmedian and not median of a choice of rows: how many are known must not be asked of the device
-    middle = torch.where(known & countable, differential, torch.nan).nanmedian().nan_to_num(0.0)
+    middle = torch.where(known & countable, differential, torch.nan).nanmedian(0).values.nan_to_num(0.0)
     return torch.where(known, differential, middle)
 
 
@@ -208,14 +214,15 @@ def top_k(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None = None) ->
     number and rows with `valid` False (bool [g]) after that: they are chosen only when there are too few others. Raises ValueError
     when `keep` is not in 1..g.
     """
-    _check_keep(keep, value.shape[0])
+    check_keep(keep, value.shape[0])
     value = value.detach().float()
     if value.device.type != "cpu":
-        return _top_k_torch(value, keep, tie, valid)
+        return top_k_torch(value, keep, tie, valid)
     return torch.from_numpy(score_numpy.top_k(value.numpy(), keep, tie.numpy(), None if valid is None else valid.numpy()))
 
 
-def _top_k_torch(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None) -> Tensor:
+def top_k_torch(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None) -> Tensor:
+    """`top_k` of checked arguments, for every device."""
     # A float32 leaves the low 29 bits of a double free for the tie: one number orders by both. The tiny summand keeps zeros of either
     # sign from becoming denormals, and powers of two beyond float32 stand for what is infinite, no number, or not valid.
     key = value.double().add_(2.0**-200).nan_to_num_(-(2.0**300), 2.0**200, -(2.0**200))
@@ -225,11 +232,13 @@ def _top_k_torch(value: Tensor, keep: int, tie: Tensor, valid: Tensor | None) ->
     return key.topk(keep, sorted=False).indices.sort().values
 
 
-def _check_keep(keep: int | None, rows: int) -> None:
+def check_keep(keep: int | None, rows: int) -> None:
+    """Raises ValueError unless `keep` of `rows` rows can be kept."""
     if keep is not None and not 1 <= keep <= rows:
         raise ValueError(f"top_k: cannot keep {keep} of {rows} rows; expected 1 to {rows}")
 
 
-def _check_slots(slots: np.ndarray, table: np.ndarray) -> None:
+def check_slots(slots: np.ndarray, table: np.ndarray) -> None:
+    """Raises IndexError for a slot outside of the table."""
     if slots.size and (slots.min() < 0 or slots.max() >= table.size):  # numpy would count negative ones from the end
         raise IndexError(f"slots {slots.min()} to {slots.max()}: the rows of the score table are numbered from 0 to {table.size - 1}")
