@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for report in pool.map(compile_job, work):
             reports.append(report)
-            row = f"sm_{report.arch:<2}{report.kernel:18}{report.dtype:6}{report.label:42}{report.registers:5}{report.stack:6}{report.shared:8}"
+            row = f"sm_{report.arch:<3}{report.kernel:18}{report.dtype:6}{report.label:42}{report.registers:5}{report.stack:6}{report.shared:8}"
             print(f"{row}{'-' if report.wgmma is None else report.wgmma:>6}  {', '.join(report.faults)}".rstrip(), flush=True)
     bad = sum(bool(report.faults) for report in reports)
     print(f"{len(reports)} kernels, {bad} of them faulty")
