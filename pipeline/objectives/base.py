@@ -17,6 +17,14 @@ class ObjectiveConfig(Component):
         """The features it looks at."""
         raise TypeError(f"{type(self).__module__}.Config must define reads()")
 
+    def trains(self) -> tuple[str, ...]:
+        """Those of them that receive a gradient: all, unless a teacher is only followed."""
+        return self.reads()
+
+    def fields(self) -> tuple[str, ...]:
+        """The batch fields it looks at itself (labels, "<modality>.present"); most read none."""
+        return ()
+
     def build(self) -> "Objective":
         """The objective of this config."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")
@@ -29,10 +37,18 @@ class Objective(nn.Module):
     gradient of the global loss (`Comm.gather`'s backward is a sum).
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.telemetry: dict[str, Tensor] = {}  # scalars of the last forward for the record, detached; their mean over ranks is shown
+        self.adversary_inputs: dict[str, Tensor] = {}  # detached rows of the last forward that adversary() trains on
+
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         """A scalar; `batch` holds the k selected rows, `selection` only its weights."""
         raise TypeError(f"{type(self).__name__} must define forward()")
 
     def adversary(self) -> nn.Module | None:
-        """A small replicated module that the engine trains in a step of its own, or None."""
+        """A small replicated module that the engine trains in a step of its own, or None: `adversary()(adversary_inputs)` is its loss."""
         return None
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step: state that moves once a step (queues, banks), however often forward was called."""

@@ -3,57 +3,56 @@
 import torch
 import torch.distributed as dist
 
-from pipeline.config import names_in, parse
 from pipeline.distributed.comm import LocalComm, connect
 from pipeline.kernels import clip_loss
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.types import Batch, Selection
-
-ROWS, WIDTH = 12, 8
-
-
-def given(config: ObjectiveConfig, valid: torch.Tensor) -> tuple[dict[str, torch.Tensor], Batch]:
-    """Random features of the whole batch by the names the objective reads: unit rows, and a scale."""
-    make = torch.Generator().manual_seed(7)
-    rows = {name: torch.randn(ROWS, WIDTH, generator=make, dtype=torch.float64) for name in config.reads() if name != "scale"}
-    features = {name: torch.nn.functional.normalize(value) for name, value in rows.items()}
-    if "scale" in config.reads():
-        features["scale"] = torch.tensor([9.0], dtype=torch.float64)
-    ids = torch.arange(ROWS)
-    return features, Batch(ids, ids, ids * 0, valid, {})
+from tests.objective_cases import ROWS, batch_of, cases, config_of, features_of
 
 
-def gradients(config: ObjectiveConfig, features: dict, batch: Batch, selection: Selection, comm) -> tuple[torch.Tensor, dict]:
-    leaves = {name: value.clone().requires_grad_() for name, value in features.items()}
+def gradients(config: ObjectiveConfig, features: dict, batch: Batch, selection: Selection, comm) -> tuple[torch.Tensor, dict, dict]:
+    """The loss of a second step, for queues and banks hold rows then; gradients; and what is the same on every rank: buffers."""
+    torch.manual_seed(0)  # initial weights
     objective = config.build().double()
-    loss = objective(leaves, batch, selection, comm)
-    loss.backward()
+    for _ in range(2):
+        leaves = {name: value.clone().requires_grad_() for name, value in features.items()}
+        objective.zero_grad()
+        loss = objective(leaves, batch, selection, comm)
+        loss.backward()
+        objective.after_step()
     shared = {f"parameter {name}": parameter.grad for name, parameter in objective.named_parameters()}
-    return loss.detach(), shared | {name: leaf.grad for name, leaf in leaves.items()}
+    critic = objective.adversary()
+    if critic is not None:
+        critic.double()(objective.adversary_inputs).backward()
+        shared |= {f"parameter critic {name}": parameter.grad for name, parameter in critic.named_parameters()}
+    trained = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return loss.detach(), shared | trained, dict(objective.named_buffers()) | objective.telemetry
 
 
-def compare(name: str, impl: str | None, valid: torch.Tensor, weighted: bool) -> str:
+def compare(name: str, case: str, impl: str | None, valid: torch.Tensor, weighted: bool) -> str:
     """One line about one objective: the mean over ranks of losses and gradients against the reference's of the whole batch."""
-    made = __import__(f"pipeline.objectives.{name}", fromlist=["Config"]).Config
-    config = parse(made, {} if impl is None else {"impl": impl}, name)
-    features, batch = given(config, valid)
+    config = config_of(name, case, **({} if impl is None else {"impl": impl}))
+    features, batch = features_of(config), batch_of(config, valid=valid)
     weights = {name: torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64)} if weighted else {}
-    reference = parse(made, {} if impl is None else {"impl": "reference"}, name)
-    whole, expected = gradients(reference, features, batch, Selection(torch.arange(ROWS), weights), LocalComm())
+    reference = config_of(name, case, **({} if impl is None else {"impl": "reference"}))
+    whole, expected, state = gradients(reference, features, batch, Selection(torch.arange(ROWS), weights), LocalComm())
     comm = connect(torch.device("cpu"))
     mine = torch.arange(ROWS).chunk(comm.size)[comm.rank]
-    part = {key: value if key == "scale" else value[mine] for key, value in features.items()}
+    part = {key: value[mine] if value.ndim >= 2 else value for key, value in features.items()}
     chosen = Selection(mine, {key: value[mine] for key, value in weights.items()})
-    loss, found = gradients(config, part, batch.take(mine), chosen, comm)
-    assert torch.allclose(comm.sum(loss) / comm.size, whole, rtol=1e-12, atol=0), (name, comm.sum(loss) / comm.size, whole)
+    loss, found, here = gradients(config, part, batch.take(mine), chosen, comm)
+    assert torch.allclose(comm.sum(loss) / comm.size, whole, rtol=1e-12, atol=0), (name, case, comm.sum(loss) / comm.size, whole)
+    assert found.keys() == expected.keys() and here.keys() == state.keys()
     for key, gradient in found.items():
         # DDP averages what the ranks have for one parameter; a row's gradient is one rank's, so its share of the average is 1 / size
-        if key == "scale" or key.startswith("parameter "):
-            assert torch.allclose(comm.sum(gradient) / comm.size, expected[key], rtol=1e-10, atol=1e-13), (name, key)
+        if key.startswith("parameter ") or features[key].ndim < 2:
+            assert torch.allclose(comm.sum(gradient) / comm.size, expected[key], rtol=1e-9, atol=1e-13), (name, case, key)
         else:
-            assert torch.allclose(gradient / comm.size, expected[key][mine], rtol=1e-10, atol=1e-13), (name, key)
+            assert torch.allclose(gradient / comm.size, expected[key][mine], rtol=1e-9, atol=1e-13), (name, case, key)
+    for key, value in here.items():  # a buffer is equal everywhere, so it is its own mean; what is recorded is a mean of parts
+        assert torch.allclose(comm.sum(value.double()) / comm.size, state[key].double(), rtol=1e-5), (name, case, key)
     assert any(float(value.abs().max()) > 1e-6 for value in expected.values())
-    return f"objective {name}, {impl}: {int(valid.sum())} of {ROWS} rows valid, {'weighted' if weighted else 'plain'}: agrees"
+    return f"objective {name}, {impl or case}: {int(valid.sum())} of {ROWS} rows valid, {'weighted' if weighted else 'plain'}: agrees"
 
 
 def bfloat16_is_added_up_in_float32() -> str:
@@ -80,12 +79,12 @@ if __name__ == "__main__":
     try:
         some = torch.ones(ROWS, dtype=torch.bool)
         some[[1, 7, 8]] = False
-        for objective in names_in("pipeline.objectives"):
+        for objective, case in cases():
             kernels = ("reference", "blocked") if objective in ("clip", "siglip") else (None,)
             for impl in kernels:
                 for rows in (torch.ones(ROWS, dtype=torch.bool), some):
-                    print(compare(objective, impl, rows, weighted=False))
-                print(compare(objective, impl, some, weighted=True))
+                    print(compare(objective, case, impl, rows, weighted=False))
+                print(compare(objective, case, impl, some, weighted=True))
         print(bfloat16_is_added_up_in_float32())
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""What the objectives share: features by name, the rows that count, unit rows, and initial weights that depend on nothing else."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distributed.comm import Comm
+from pipeline.hashing import hash_ids
+from pipeline.types import Batch, Selection
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def weight_of(objective: str, batch: Batch, selection: Selection, present: str | None = None) -> Tensor:
+    """[b] >= 0, float32: the selection's weight of each row; 0 where the row is not valid, or its modality absent.
+
+    `present` names a bool field [b] of the batch, by convention "<modality>.present". Raises ValueError where the batch has none.
+    """
+    weight = selection.weights.get(objective, torch.ones(len(batch), device=batch.valid.device))
+    used = batch.valid
+    if present is not None:
+        if present not in batch.fields:
+            raise ValueError(f"{objective}: the batch has no field {present!r} of rows; it has {sorted(batch.fields)}. Leave `present` out")
+        used = used & batch.fields[present].bool()
+    return weight.masked_fill(~used, 0)
+
+
+def feature(objective: str, features: dict[str, Tensor], batch: Batch, name: str, weight: Tensor | None = None) -> Tensor:
+    """A tower's feature, or what a frozen teacher put on the batch, with half precision widened to float32.
+
+    Rows of weight 0 become zeros: they may hold anything, NaN too, and 0 times NaN is NaN. Raises ValueError where nothing has that name.
+    """
+    found = features.get(name, batch.teacher.get(name))
+    if found is None:
+        raise ValueError(f"{objective} reads {name!r}, found {sorted([*features, *batch.teacher])}")
+    found = found if found.dtype == torch.float64 else found.float()
+    return found if weight is None else found.masked_fill((weight == 0).view(-1, *[1] * (found.ndim - 1)), 0)
+
+
+def labels_of(objective: str, batch: Batch, name: str) -> Tensor:
+    """int64 [b]; below 0 means that the row has none. Raises ValueError where the batch has no such field."""
+    if name not in batch.fields:
+        raise ValueError(f"{objective} needs labels in the field {name!r}; the batch has {sorted(batch.fields)}")
+    return batch.fields[name].long()
+
+
+def same_shape(objective: str, student: Tensor, teacher: Tensor, names: tuple[str, str], remedy: str) -> None:
+    """Raises ValueError where two features cannot be compared element by element."""
+    if student.shape != teacher.shape:
+        found = f"{names[0]} is {list(student.shape)} and {names[1]} {list(teacher.shape)}"
+        raise ValueError(f"{objective}: expected features of one shape, but {found}; {remedy}")
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1. A row of zeros stays one, without gradient: it has no direction, and 1 / its length would be the gradient's size."""
+    square = x.square().sum(-1, keepdim=True)
+    floor = 1e-24
+    return x * square.clamp_min(floor).rsqrt() * (square > floor)
+
+
+class Used(NamedTuple):
+    """The rows of weight > 0 over all ranks, for what is recorded."""
+
+    count: Tensor  # [], at least 1
+    share: Tensor  # [b]: size / count for a row that is used, else 0
+
+    @classmethod
+    def of(cls, weight: Tensor, comm: Comm) -> "Used":
+        """Collective."""
+        used = weight > 0
+        count = comm.sum(used.sum()).clamp_min(1)
+        return cls(count, used * (comm.size / count))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """This rank's part of the mean of `values` [b] over all used rows, detached; the mean over ranks of the parts is that mean."""
+        return (values.detach() * self.share).sum()
+
+
+def fresh(key: str, make: Callable[[], ModuleT]) -> ModuleT:
+    """A module whose initial weights are a function of the run's seed and of `key` alone.
+
+    Nothing is drawn from torch's generator, so an objective that is switched off or added leaves all other initial weights as they are.
+    """
+    seed = hash_ids(torch.initial_seed(), *key.encode())
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        return make()
+    finally:
+        torch.set_rng_state(before)
