@@ -62,9 +62,9 @@ def kept_rows(pairs: Pairs) -> int:
 
 
 def kept(x: Tensor, y: Tensor) -> int:
-    """Whole strips, at most every second row and no more bytes than four float32 copies of the features; from shapes and dtypes alone."""
+    """Whole strips, at most three rows of four and no more bytes than four float32 copies of the features; from shapes and dtypes alone."""
     rows, strip = x.shape[0], strip_rows(x.shape[0])
-    return min(rows // 2, 16 * x.shape[1] // workable(x.dtype).itemsize) // strip * strip
+    return min(3 * rows // 4, 16 * x.shape[1] // workable(x.dtype).itemsize) // strip * strip
 
 
 def _places(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
