@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> int:
     """Trains or resumes; 0 when the run is complete or was asked to stop and saved."""
-    from pipeline.distributed.engine import shutdown
+    from pipeline.distributed.launch import shutdown
     from pipeline.evaluation.evaluate import write_result
     from pipeline.run import RunConfig, build
 

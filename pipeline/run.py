@@ -1,8 +1,6 @@
 """RunConfig, the root of a configuration, and build(), the only place where parts are put together."""
 
-import fcntl
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,12 @@ from pipeline.data.loader import DataConfig, DataModule, Fetch, Sources
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
 from pipeline.distributed.comm import Comm, LocalComm
-from pipeline.distributed.engine import Engine, EngineConfig, OptimizerConfig, describe_device, start
+from pipeline.distributed.engine import Engine, EngineConfig
+from pipeline.distributed.launch import describe_device, start
+from pipeline.distributed.lock import Lock
+from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.stop import Stop, StopConfig
+from pipeline.distributed.watchdog import Watchdog, WatchdogConfig
 from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.record.metrics import Record, RecordConfig
@@ -48,6 +50,10 @@ FREE = (
     "record",
     "evaluation",
     "stop",
+    "watchdog",
+    "engine.zero",
+    "engine.micro_batch",
+    "engine.compile",
 )
 
 
@@ -68,6 +74,7 @@ class RunConfig(Strict):
     record: RecordConfig = RecordConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     stop: StopConfig = StopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _one_length(self) -> "RunConfig":
@@ -90,25 +97,6 @@ class RunConfig(Strict):
             place.pop(last)
         values["data"]["weights"] = [source.weight for source in self.data.sources]  # shards may move, their shares decide the order
         return values
-
-
-class Lock:
-    """One process group per run folder. The kernel frees it when its holder dies, however it dies (a lock by lockf and not by flock:
-    that would be inherited by the loader's workers, which outlive a killed trainer by some seconds)."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "run.lock").open("a+")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            raise ConfigError(
-                f"{folder}: {holder} is training in this folder. Wait for it, stop it, or choose another folder with out="
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()}")
-        self._file.flush()
 
 
 def open_run(config: RunConfig, comm: Comm) -> Lock | None:
@@ -148,9 +136,10 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
-    groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm)
+    groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm, lock.superseded if lock else None)
     facts |= {"world_size": comm.size, "commit": commit()}
-    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts)
+    watchdog = Watchdog(config.watchdog, comm, folder)
+    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts, watchdog)
     if config.evaluation.every and config.evaluation.data:
         trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
         trainer.evaluate_every = config.evaluation.every
@@ -219,14 +208,14 @@ class TrainedRun:
     @torch.inference_mode()
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Features of a batch, in eval mode and the precision the run was trained in."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16"):
+        with torch.autocast(self.device.type, self.config.engine.dtype, enabled=self.config.engine.precision != "fp32"):
             return self.task(batch, "features")
 
 
 def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, engine: Engine, steps: int, warmup: int) -> None:
     """Writes resolved.yaml and facts.json before the first step, and prints what is about to happen."""
     (folder / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
-    parameters = sum(p.numel() for p in engine.raw.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.raw.parameters())
     facts = {
         "device": describe_device(engine.device),
         "world_size": engine.comm.size,

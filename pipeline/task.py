@@ -2,13 +2,14 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.towers.base import TowerConfig
-from pipeline.types import Batch, Selection, StepOutput
+from pipeline.types import Batch, Cached, Selection, StepOutput
 
 MAIN = "student"  # its features go by their own names, those of another tower by tower.name
 
@@ -41,20 +42,45 @@ class Task(nn.Module):
         self.weights = {name: weight for name, (weight, _) in objectives.items()}
         self.comm = comm
 
-    def forward(self, batch: Batch, mode: Literal["features", "train"] = "train", selection: Selection | None = None) -> Any:
-        """`features`: dict of feature tensors [b, ...]. `train`: StepOutput with this rank's part of the loss."""
-        features: dict[str, Tensor] = {}
-        for name, tower in self.towers.items():
-            for key, value in tower(batch.fields).items():
-                features[key if name == MAIN else f"{name}.{key}"] = value
+    def forward(
+        self,
+        batch: Batch,
+        mode: Literal["features", "train"] = "train",
+        selection: Selection | None = None,
+        cached: Cached | None = None,
+    ) -> Any:
+        """`features`: dict of feature tensors [b, ...]. `train`: StepOutput with this rank's part of the loss.
+
+        With `cached` only its rows are embedded; see pipeline/distributed/replay.py.
+        """
+        features = self._embed(batch.fields if cached is None else {name: value[cached.rows] for name, value in batch.fields.items()})
         if mode == "features":
             return features
-        terms = {name: objective(features, batch, selection, self.comm) for name, objective in self.objectives.items()}
-        loss = sum(self.weights[name] * term for name, term in terms.items())
-        seen = {name: term.detach() for name, term in terms.items()}
+        if cached is not None and cached.gradients is not None:
+            given = cached.gradients
+            # times zero and not left out: ZeRO adds gradients up rightly only for parameters that get one in every piece
+            pulls = [(value * given[name][cached.rows]).sum() if name in given else 0 * value.sum() for name, value in features.items()]
+            return StepOutput(sum(pulls), {}, {})
+        if cached is not None:
+            rows, whole = cached.rows, cached.features
+            features = {
+                name: torch.cat([whole[name][: rows.start], value, whole[name][rows.stop :]]) if value.ndim >= 2 else value
+                for name, value in features.items()
+            }
+            cached.before_loss()
+        loss, seen = self.loss(features, batch, selection)
         return StepOutput(loss, seen | {"logit_scale": features["scale"].detach().squeeze()} if "scale" in features else seen, {})
 
-    def after_step(self) -> None:
-        """Bounds on parameters, after each optimizer step."""
-        for tower in self.towers.values():
-            tower.after_step()
+    def _embed(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key if name == MAIN else f"{name}.{key}": value for name, tower in self.towers.items() for key, value in tower(fields).items()
+        }
+
+    def loss(self, features: dict[str, Tensor], batch: Batch, selection: Selection) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the objectives over given features, and the objectives' values, detached."""
+        terms = {name: objective(features, batch, selection, self.comm) for name, objective in self.objectives.items()}
+        return sum(self.weights[name] * term for name, term in terms.items()), {name: term.detach() for name, term in terms.items()}
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """(parameter, lowest, highest) that the engine holds it to after each optimizer step."""
+        return [bound for tower in self.towers.values() for bound in tower.bounds()]

@@ -15,6 +15,7 @@ from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.stop import Stop
+from pipeline.distributed.watchdog import Watchdog
 from pipeline.record.metrics import Record
 from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.groups import GroupSelector
@@ -53,6 +54,7 @@ class Trainer:
     stop: Stop
     checkpoints: CheckpointConfig
     facts: dict[str, Any]  # what a checkpoint must agree with
+    watchdog: Watchdog
     evaluate: Callable[[int], None] | None = None
     evaluate_every: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -61,7 +63,7 @@ class Trainer:
         """Trains to the last step, or until a signal asks to stop; a checkpoint is written either way. True when training is complete."""
         p = self.progress
         stopping = False
-        with self.stop, closing(self.record):
+        with self.stop, self.watchdog.over(lambda: (p.step, self.engine.forwards)), closing(self.record):
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
                 with p.timed("total"):

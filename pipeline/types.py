@@ -1,6 +1,7 @@
 """The nouns. N_b is the global candidate batch, R the world size, b = N_b / R the candidate rows of a rank, G the number of
 selection groups, k the trained rows of a rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -79,3 +80,12 @@ class StepOutput(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]  # detached, still on the device
     adversary: dict[str, Tensor]  # detached features for an adversary's own step; usually empty
+
+
+class Cached(NamedTuple):
+    """One piece of a batch that is trained in several (pipeline/distributed/replay.py)."""
+
+    rows: slice  # of the batch: the piece that is embedded
+    features: dict[str, Tensor]  # of the whole batch, detached
+    gradients: dict[str, Tensor] | None  # of the loss by the whole batch's features; None: compute the loss
+    before_loss: Callable[[], None]  # sets the generators as they were when the gradients were made

@@ -18,7 +18,7 @@ from pipeline.config import Strict
 from pipeline.data.lanes import RankLanes
 from pipeline.distributed.comm import Comm
 
-FORMAT = 1
+FORMAT = 2  # 1: torch's optimizer.bin, which only the same number of ranks could read
 
 
 class CheckpointError(ValueError):
@@ -43,35 +43,50 @@ def write(run: Path, step: int, comm: Comm, facts: dict[str, Any], parts: list[C
     Raises CheckpointError when the disk is full or fails; the earlier checkpoints stay as they are.
     """
     folder = folder_of(run, step)
-    try:
+
+    def begin(folder: Path) -> None:
         if comm.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # an attempt that was cut off
             folder.mkdir(parents=True)
-        comm.barrier()
-        for part in parts:
-            part(folder)
-        comm.barrier()
+
+    def finish(folder: Path) -> None:
         if comm.rank == 0:
             _write_durably(folder / "run.json", json.dumps({"format": FORMAT, "step": step} | facts, indent=1))
             _commit(folder)
             _retire(run, keep)
-        comm.barrier()
-    except (OSError, RuntimeError) as error:  # torch's writers say RuntimeError, safetensors its own subclass of Exception
-        raise _failed(folder, comm, error) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise _failed(folder, comm, error) from error
+
+    for part in (begin, *parts, finish):
+        trouble = _attempt(part, folder)
+        if comm.any(trouble is not None):  # also waits for all of them
+            raise _failed(folder, comm, trouble) from trouble
     return folder
 
 
-def _failed(folder: Path, comm: Comm, error: Exception) -> CheckpointError:
+def _attempt(part: Callable[[Path], None], folder: Path) -> Exception | None:
+    """What went wrong with the disk, if anything: the ranks must agree before one of them leaves, or the others wait for ever."""
+    try:
+        part(folder)
+    except (OSError, RuntimeError) as error:  # torch's writers say RuntimeError, safetensors its own subclass of Exception
+        return error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        return error
+    return None
+
+
+def _failed(folder: Path, comm: Comm, error: Exception | None) -> CheckpointError:
     if comm.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
+    if error is None:
+        return CheckpointError(
+            f"{folder}: could not be written by another rank; its message says why. Earlier checkpoints stay as they were"
+        )
     full = (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         or "space" in str(error).lower()
         or "enforce fail" in str(error)
+        or any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # safetensors' words
     )
     free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.exists() else 0
     hint = f"{free:.0f} MB are free there; make room, or lower checkpoint.keep" if full else "look at the file system"
@@ -153,11 +168,14 @@ def _committed_files(folder: Path) -> dict[str, Any]:
     """What COMMIT lists. Raises CheckpointError where it cannot be read or is of a newer format."""
     try:
         commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
-        known, files = commit["format"] <= FORMAT, dict(commit["files"])
+        known, files = commit["format"] == FORMAT, dict(commit["files"])
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"{folder / 'COMMIT'}: is damaged; delete {folder} to resume from the checkpoint before it") from None
     if not known:
-        raise CheckpointError(f"{folder}: has format {commit['format']}, this version reads up to {FORMAT}; update the package")
+        raise CheckpointError(
+            f"{folder}: has format {commit['format']}, this version reads format {FORMAT}; "
+            f"use the version of the package that wrote it, or train into a new folder with out="
+        )
     return files
 
 
@@ -169,7 +187,7 @@ def agree(run: Path, expected: dict[str, Any]) -> None:
     folder = committed[-1]
     try:
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        known = {name: found[name] for name in ("index", "lanes", "groups", "config")} if found["format"] <= FORMAT else expected
+        known = {name: found[name] for name in ("index", "lanes", "groups", "config")} if found["format"] == FORMAT else expected
     except (OSError, ValueError, KeyError):
         return  # damaged; verify() says so, with what to do, before anything is loaded
     for name, meaning in (("index", "data.sources hold other samples"), ("lanes", "data.lanes differs"), ("groups", "data.groups differs")):

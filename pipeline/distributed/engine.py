@@ -1,53 +1,53 @@
 """Optimizer, precision and process wrapping, through accelerate. The trainer sees `features`, `step`, `save`, `load`."""
 
 import math
-import os
-import pickle
-import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, Strict
-from pipeline.distributed.checkpoint import CheckpointError
-from pipeline.distributed.comm import Comm, connect
+from pipeline.distributed import state, zero
+from pipeline.distributed.comm import Comm
+from pipeline.distributed.optimizer import OptimizerConfig
+from pipeline.distributed.replay import accumulate
+from pipeline.distributed.zero import ZeroConfig
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch, Selection
-
-
-class OptimizerConfig(Strict):
-    """AdamW with CLIP's recipe: no decay on gains, biases and the logit scale; linear warm-up, then cosine."""
-
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.98), strict=False)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup: float = Field(0.1, ge=0, description="steps of linear warm-up; below 1 a share of all steps")
-    final_lr: float = Field(0.0, ge=0, description="where the cosine ends, as a share of lr")
-
-    def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of `step`, a pure function: nothing to save, nothing to restore."""
-        warmup = self.warmup * steps if self.warmup < 1 else self.warmup
-        if step < warmup:
-            return self.lr * (step + 1) / warmup if warmup >= 1 else self.lr
-        progress = (step - warmup) / max(1, steps - warmup)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 class EngineConfig(Strict):
     """How the model runs."""
 
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 is autocast; weights and optimizer stay float32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="bf16 and fp16 are autocast; weights and optimizer stay float32; fp16 scales the loss and needs a GPU"
+    )
+    zero: ZeroConfig | None = Field(None, description="DeepSpeed's sharding; null: one process, or torch's DDP where there are more")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows of a rank that are embedded at once while training; the loss still sees all rows. null: all"
+    )
+    compile: bool = Field(False, description="torch.compile of each block that repeats (the layers of a transformer)")
     clip_grad_norm: float | None = Field(1.0, gt=0)
     threads: int | None = Field(
         None, ge=1, description="CPU threads of each process; None: torch's choice. Part of bitwise reproducibility"
     )
     deterministic: bool = Field(True, description="torch.use_deterministic_algorithms; costs little here")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "EngineConfig":
+        if self.precision == "fp16" and self.zero and self.zero.stage == 0:
+            raise ValueError("precision: fp16 does not go with zero.stage 0; use zero: null, which trains the same, or stage 1")
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What autocast computes in."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 class Trained(NamedTuple):
@@ -58,132 +58,142 @@ class Trained(NamedTuple):
     grad_norm: Tensor
 
 
-def check_launch(environ: dict[str, str] | os._Environ = os.environ) -> None:
-    """A launch that set half of the usual variables trains as one process in silence. Raises ConfigError for it."""
-    if "MASTER_ADDR" in environ and "RANK" not in environ and "SLURM_JOB_ID" not in environ:
-        raise ConfigError(
-            "the launcher set MASTER_ADDR but no RANK: this would train in one process only. `accelerate launch --cpu --num_processes N` does that; "
-            "start CPU ranks with `accelerate launch --multi_gpu --num_processes N -m pipeline ...` or `torchrun --nproc_per_node N -m pipeline ...`"
-        )
-
-
-def start(config: EngineConfig, folder: Path, trackers: list[str]) -> tuple[Accelerator, Comm]:
-    """Starts accelerate and checks that it started what the environment asked for. Raises ConfigError."""
-    check_launch()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    mine = {"fp32": "no", "bf16": "bf16"}[config.precision]
-    if asked not in ("no", mine):
-        raise ConfigError(
-            f"engine.precision is {config.precision}, but accelerate's own configuration says mixed_precision {asked}; the run's YAML is the record, make them agree"
-        )
-    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mine, log_with=trackers or None, project_config=project)
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise ConfigError(
-            f"WORLD_SIZE is {expected}, but accelerate started {accelerator.num_processes} process(es) as {accelerator.distributed_type}"
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"accelerate started {accelerator.distributed_type}; this version runs one process, or data-parallel CPU and GPU processes"
-        )
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a small model 4 % of its step
-    return accelerator, connect(accelerator.device)
-
-
-def shutdown() -> None:
-    """Ends the process group, if there is one; a process that exits without this may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class Engine:
-    """Holds the wrapped task and its optimizer."""
+    """Holds the wrapped task and its optimizer; one process, DDP and every ZeRO stage behind the same four methods."""
 
     def __init__(
         self, config: EngineConfig, optimizer: OptimizerConfig, accelerator: Accelerator, comm: Comm, task: nn.Module, steps: int, seed: int
     ) -> None:
         self.config, self.optimizer_config, self.accelerator, self.comm = config, optimizer, accelerator, comm
         self.steps, self.seed = steps, seed
+        self.forwards = 0  # without training; in a long evaluation the watchdog sees from it that this rank gets on
         self.device = accelerator.device
+        self.stage = config.zero.stage if config.zero else 0
         self.raw = task.to(self.device)  # without DDP's hooks: the scoring pass and checkpoints go here
         self.parameters = [p for p in task.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            _groups(task, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
-        self.task, self.optimizer = accelerator.prepare(task, adam)
+        self._check_accumulation(task)
+        if config.compile:
+            compile_blocks(task)
+        self.optimizer = optimizer.build(task)  # torch's own; under ZeRO it holds this rank's share
+        self.task, self._stepper = accelerator.prepare(task, self.optimizer)
+        self._names = {id(p): name for name, p in task.named_parameters()}
+        self.parts = zero.parts(task, self.task, self.stage, comm.rank)
+        self.untracked: Callable[[], AbstractContextManager] = zero.scoring_trace(self.task) if self.stage == 3 else nullcontext
 
-    @torch.inference_mode()
+    def _check_accumulation(self, task: nn.Module) -> None:
+        """ZeRO (stage 3, or offloaded) loses the gradients of a parameter that has none in some piece of a step."""
+        learned = [name for name, p in task.objectives.named_parameters() if p.requires_grad]
+        zero = self.config.zero
+        if self.config.micro_batch and learned and zero and (zero.stage == 3 or zero.offload != "none"):
+            raise ConfigError(
+                f"engine.micro_batch does not go with zero.stage 3 or zero.offload while an objective has parameters of its own "
+                f"(objectives.{learned[0]}); use engine.micro_batch=null, or zero.stage 1 or 2 without offload"
+            )
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of every forward."""
+        return torch.autocast(self.device.type, self.config.dtype, enabled=self.config.precision != "fp32")
+
+    @torch.no_grad()
     def features(self, batch: Batch) -> dict[str, Tensor]:
-        """The scoring pass: eval mode, inference mode, autocast. Leaves training state (BatchNorm, generators) as it is."""
+        """The scoring pass: eval mode, no graph, autocast. Leaves training state (BatchNorm, generators) as it is. Collective in stage 3."""
+        self.forwards += 1
         self.raw.eval()
         try:
-            with self.accelerator.autocast():
+            with self.untracked(), self.autocast():
                 return self.raw(batch, "features")
         finally:
             self.raw.train()
 
     def step(self, batch: Batch, selection: Selection, step: int) -> Trained:
         """Forward, backward, clip, update on the selected rows. Waits for nothing."""
-        # dropout and its like draw from (seed, step, rank): no generator state to save, and the scoring pass cannot disturb it
-        torch.manual_seed(hash_ids(self.seed, step, self.comm.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        with self.accelerator.autocast():
-            out = self.task(batch, "train", selection)
-        self.accelerator.backward(out.loss)
-        limit = self.config.clip_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.raw.after_step()
-        return Trained(out.loss.detach(), out.terms, norm)
+
+        # dropout and its like draw from (seed, step, rank): no generator state to save, and the scoring pass cannot disturb it
+        def seed(piece: int) -> None:
+            torch.manual_seed(hash_ids(self.seed, step, self.comm.rank + piece * self.comm.size))
+
+        rows = self.config.micro_batch
+        if rows is not None and len(batch) > rows:
+            out = accumulate(self, batch, selection, rows, seed)
+        else:
+            seed(0)
+            with self.autocast():
+                out = self.task(batch, "train", selection)
+            self.backward(out.loss, last=True)
+        return Trained(out.loss.detach(), out.terms, self._update())
+
+    def synchronised(self, last: bool) -> AbstractContextManager:
+        """Around a forward and its backward: ranks exchange gradients on the last one of a step only (DDP; ZeRO is told in `backward`)."""
+        return nullcontext() if last or self.config.zero else self.accelerator.no_sync(self.task)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of a step's (next) piece."""
+        if self.config.zero is None:
+            self.accelerator.backward(loss)
+            return
+        self.task.set_gradient_accumulation_boundary(last)
+        self.task.backward(loss, scale_wrt_gas=False)
+
+    @torch.no_grad()
+    def _update(self) -> Tensor:
+        """Clips, steps, holds parameters to their bounds; gives the gradient's norm before clipping."""
+        if self.config.zero is None:
+            self.accelerator.unscale_gradients()
+        if self.stage == 0:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm or math.inf)
+        if self.config.zero is None:
+            self._stepper.step()
+            self._stepper.zero_grad(set_to_none=True)
+        else:
+            self.task.step()  # sharded: clips too; clears gradients
+        if self.stage:
+            norm = torch.as_tensor(self.task.get_global_grad_norm(), device=self.device)
+        for parameter, low, high in self.raw.bounds():
+            zero.write(parameter, lambda values, _, low=low, high=high: values.clamp_(low, high), self.comm.rank)
+            for part in self._masters(parameter):
+                part.of(part.key).clamp_(low, high)
+        return norm
+
+    def _masters(self, parameter: nn.Parameter) -> list[zero.Part]:
+        """This rank's parts of a parameter whose values live beside the model's (ZeRO keeps float32 copies of what it updates)."""
+        return [part for part in self.parts if self.stage and part.name == self._names[id(parameter)]]
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         return self.optimizer_config.rate_at(step, self.steps)
 
     def weight_norm(self) -> Tensor:
-        """The norm of all trained weights; not finite when one of them is not."""
-        return torch.nn.utils.get_total_norm([p.detach() for p in self.parameters])
+        """The norm of all trained weights; not finite when one of them is not. Collective in stage 3."""
+        if self.stage < 3:
+            return torch.nn.utils.get_total_norm([p.detach() for p in self.parameters])
+        squares = [part.of(part.key).float().square().sum().to(self.device) for part in self.parts]
+        return self.comm.sum(torch.stack([torch.zeros((), device=self.device), *squares]).sum()).sqrt()
+
+    def save_weights(self, path: Path) -> None:
+        """All weights, whole, as safetensors; rank 0 writes. Collective in stage 3."""
+        state.save_weights(self.raw, path, self.comm.rank)
 
     def save(self, folder: Path) -> None:
-        """Model (safetensors) and optimizer state of all ranks into `folder`. Collective."""
-        self.accelerator.save_state(str(folder), safe_serialization=True)
+        """Weights and optimizer state of all ranks into `folder`. Collective."""
+        self.save_weights(folder / state.WEIGHTS)
+        state.save_optimizer(self.optimizer, self.parts, folder, self.comm.rank, self.comm.size, replicated=self.stage == 0)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """What `save` wrote; the caller has checked the files against COMMIT. Collective. Raises CheckpointError."""
-        try:
-            self.accelerator.load_state(str(folder))
-        except pickle.UnpicklingError:  # torch's own words advise to load it all the same
-            raise CheckpointError(
-                f"{folder}: optimizer.bin holds something other than tensors, and loading that could run code; it was not loaded. "
-                f"Find out who wrote it, or delete the folder to resume from the checkpoint before it"
-            ) from None
+        """What any number of ranks wrote with `save` in any stage; the caller has checked the files against COMMIT. Raises CheckpointError."""
+        with state.readable(folder):
+            state.load_weights(self.raw, folder / state.WEIGHTS, self.comm.rank)
+            if self.stage:
+                state.load_master(self.parts, folder / state.WEIGHTS)
+            state.load_optimizer(self.optimizer, self.parts, folder)
 
 
-def _groups(task: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters with and without decay; gains, biases and the logit scale have fewer than two dimensions."""
-    named = [p for p in task.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def describe_device(device: torch.device) -> str:
-    """The device in words, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux; the machine's architecture will do
-    return f"{name}, {torch.get_num_threads()} threads"
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles each member of every list of like modules (a transformer's layers): one compilation serves all, and names stay."""
+    for module in model.modules():
+        children = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        if len(children) > 1 and len({type(child) for child in children}) == 1:
+            for child in children:
+                child.compile()

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ConfigError, Strict
@@ -185,10 +184,12 @@ class Periodic:
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        self.held = HeldOut.open(config.evaluation, config.data, lambda: set(sources.captions())) if engine.comm.rank == 0 else None
+        self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
+        here = engine.comm.rank == 0 or self.together
+        self.held = HeldOut.open(config.evaluation, config.data, lambda: set(sources.captions())) if here else None
 
     def __call__(self, step: int) -> None:
-        """Rank 0 evaluates; the others meet it at the next collective."""
+        """Rank 0 evaluates; the others meet it at the next collective (in ZeRO's stage 3 they evaluate with it)."""
         if self.held is None:
             return
         began = time.perf_counter()
@@ -205,9 +206,13 @@ class Periodic:
         best, name = self.folder / "best", next(iter(figures), None)
         if name is None:
             return
-        before = json.loads((best / "best.json").read_text(encoding="utf-8")) if (best / "best.json").is_file() else None
-        if before is None or figures[name] > before[name]:
-            best.mkdir(exist_ok=True)
-            save_file(self.engine.raw.state_dict(), best / "model.safetensors.part")
-            (best / "model.safetensors.part").replace(best / "model.safetensors")
-            (best / "best.json").write_text(json.dumps({"step": step} | figures), encoding="utf-8")
+        first = self.engine.comm.rank == 0
+        before = json.loads((best / "best.json").read_text(encoding="utf-8")) if first and (best / "best.json").is_file() else None
+        better = before is None or figures[name] > before[name]
+        if self.engine.comm.broadcast(better) if self.together else better:
+            if first:
+                best.mkdir(exist_ok=True)
+            self.engine.save_weights(best / "model.safetensors.part")
+            if first:
+                (best / "model.safetensors.part").replace(best / "model.safetensors")
+                (best / "best.json").write_text(json.dumps({"step": step} | figures), encoding="utf-8")

@@ -41,14 +41,18 @@ class TowerConfig(Component):
 
 
 class Tower(nn.Module):
-    """Protocol of a tower. A parameter is read inside forward only: under ZeRO-3 it has shape [0] elsewhere."""
+    """Protocol of a tower. A parameter is read inside its own module's forward only: under ZeRO-3 it has shape [0] elsewhere.
+
+    Features with a row for each sample have two dimensions or more; one dimension says: the same for all rows (the logit scale).
+    """
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Features from the fields that are there (evaluation gives images alone, or texts alone). `mask` marks absent modalities."""
         raise TypeError(f"{type(self).__name__} must define forward()")
 
-    def after_step(self) -> None:
-        """Keeps parameters in their bounds after an optimizer step (the logit scale's clamp)."""
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """(parameter, lowest, highest): what the engine clamps after each optimizer step, wherever the shards are (the logit scale)."""
+        return []
 
 
 def normalise_pixels(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -62,6 +62,5 @@ class Linear(Tower):
             out["text"] = F.normalize(self.text(fields["text"]).float(), dim=-1)
         return out
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        self.logit_scale.clamp_(0, math.log(100))
+    def bounds(self) -> list[tuple[torch.nn.Parameter, float, float]]:
+        return [(self.logit_scale, 0.0, math.log(100))]

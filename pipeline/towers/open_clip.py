@@ -155,6 +155,5 @@ class OpenClip(Tower):
                 out["text"] = F.normalize(self.model.encode_text(fields["text"]).float(), dim=-1)
         return out
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        self.model.logit_scale.clamp_(0, math.log(100))
+    def bounds(self) -> list[tuple[torch.nn.Parameter, float, float]]:
+        return [(self.model.logit_scale, 0.0, math.log(100))]

@@ -19,7 +19,8 @@ from tests.runs import Launcher, arguments, assert_same_end, commit_again, last_
 from tools.make_shards import main as make_shards
 
 KEPT = ["step-00000010", "step-00000018"]  # of a debug run: every 10 steps and the last one, two stay
-FILES = ["COMMIT", "lanes-00000-00003.parquet", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "run.json"]
+OPTIMIZER = "optimizer-00000-of-00001.safetensors"
+FILES = ["COMMIT", "lanes-00000-00003.parquet", "model.safetensors", OPTIMIZER, "run.json"]
 
 Train = Callable[..., tuple[int, str]]
 
@@ -85,7 +86,7 @@ def test_a_file_that_changed_after_commit_is_an_error_that_names_it(run: Path, t
 
 
 def test_a_file_that_is_missing_or_cut_off_is_an_error_too(run: Path, train: Train) -> None:
-    path = run / "checkpoints" / KEPT[1] / "optimizer.bin"
+    path = run / "checkpoints" / KEPT[1] / OPTIMIZER
     path.write_bytes(path.read_bytes()[:100])
     assert "'size': 100" in train()[1]
     path.unlink()
@@ -140,12 +141,13 @@ def test_a_checkpoint_of_another_index_is_refused(run: Path, tmp_path: Path, tra
     assert code == 2 and "data.sources hold other samples" in said and "Restore what it was" in said
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused(run: Path, train: Train) -> None:
+@pytest.mark.parametrize("number", [1, checkpoint.FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused(run: Path, train: Train, number: int) -> None:
     for name in ("COMMIT", "run.json"):
         path = run / "checkpoints" / KEPT[1] / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
     code, said = train()
-    assert code == 2 and f"has format 2, this version reads up to {checkpoint.FORMAT}; update the package" in said
+    assert code == 2 and f"has format {number}, this version reads format {checkpoint.FORMAT}" in said and "out=" in said
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -232,7 +234,7 @@ class Trace:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "by torch.save"])
 def test_a_pickle_in_a_checkpoint_is_never_run(run: Path, trained: Path, tmp_path: Path, train: Train, name: str, wrapped: bool) -> None:
     shutil.rmtree(run / "checkpoints" / KEPT[1])
@@ -246,11 +248,21 @@ def test_a_pickle_in_a_checkpoint_is_never_run(run: Path, trained: Path, tmp_pat
     commit_again(path.parent)  # by somebody who can forge the COMMIT too
     code, said = train()
     assert not trace.exists()
-    if name == "optimizer.bin":
-        assert code == 2 and "optimizer.bin" in said and "weights_only" not in said
-    else:
-        assert code == 0  # generator states are not read: every step has its own
-        assert_same_end(run, trained)
+    assert code == 2 and "no safetensors file" in said and str(path.parent) in said and "weights_only" not in said
+
+
+def test_an_optimizer_file_that_is_missing_is_named_by_what_it_held(run: Path, train: Train) -> None:
+    shutil.rmtree(run / "checkpoints" / KEPT[1])
+    folder = run / "checkpoints" / KEPT[0]
+    from safetensors.torch import load_file, save_file
+
+    values = load_file(folder / OPTIMIZER)
+    values.pop("exp_avg|towers.student.image.bias|0")
+    names = {key.split("|")[1]: 10 for key in values}
+    save_file(values, folder / OPTIMIZER, {"steps": json.dumps(names)})
+    commit_again(folder)
+    code, said = train()
+    assert code == 2 and "hold 0 of 32 elements of exp_avg of towers.student.image.bias" in said
 
 
 def test_a_run_folder_that_cannot_be_one_is_refused(tmp_path: Path, icons_small: Path, capsys: pytest.CaptureFixture) -> None:

@@ -87,7 +87,7 @@ def test_a_component_without_a_name_is_told_which_there_are() -> None:
         ("optimizer.betas=[0.9, 0.98, 0.99]", "optimizer.betas"),
         ('optimizer.betas=["0.9", 0.98]', "optimizer.betas"),
         ("engine.deterministic=1", "engine.deterministic"),
-        ("engine.precision=fp16", "engine.precision"),
+        ("engine.precision=fp8", "engine.precision"),
         ("out=3", "out"),
         ("out=", "out"),
         ("data.sources=[]", "data.sources"),

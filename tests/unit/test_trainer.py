@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pipeline.__main__ import main
 from pipeline.config import load, read_yaml
 from pipeline.distributed import checkpoint
-from pipeline.distributed.engine import OptimizerConfig
+from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.run import RunConfig, TrainedRun, build
 from pipeline.trainer import Trainer
 from tests.runs import arguments, assert_same_end, columns, commit_again, last_checkpoint, losses, put_back, selection_log
