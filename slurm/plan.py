@@ -1,0 +1,189 @@
+"""What a run asks of a cluster, from its configuration alone: lanes, batch arithmetic, memory, and a forecast with its assumptions."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.config import ConfigError
+from pipeline.data.errors import DataError
+from pipeline.data.index import Index
+from pipeline.data.lanes import Layout, RankLanes, SourceShape, layout
+from pipeline.run import RunConfig
+from pipeline.task import check_wiring
+from pipeline.towers.base import TowerData
+from slurm.cluster import ClusterConfig
+
+SHARD = 10_000  # samples of a shard, where there is no index to ask
+UTILISATION = 0.35  # of a device's peak that a step reaches; what ViT training with autocast and overlapped communication gets
+TABLE_BYTES, LANE_BYTES = 5, 24  # of one sample: its score and visits on the device; its id and order on the host
+BUILT_AT_MOST = 4_000_000  # samples of a rank up to which its lanes are really built and measured
+
+
+def shapes(config: RunConfig, samples: int | None) -> list[SourceShape]:
+    """The sources' sizes: from their indices, or `samples` dealt to them by weight. Raises ConfigError."""
+    if samples is None:
+        try:
+            starts = [Index.open(source.url).shard_start for source in config.data.sources]
+        except (DataError, OSError) as error:
+            raise ConfigError(f"{error}\nWithout the data, say how many samples there are: --samples 10_000_000") from None
+    else:
+        weights = np.array([source.weight or 1.0 for source in config.data.sources])
+        counts = np.maximum(1, samples * weights / weights.sum()).astype(np.int64)
+        starts = [np.append(np.arange(0, count, SHARD, dtype=np.int64), count) for count in counts]
+    return [SourceShape(start, source.weight or float(start[-1])) for start, source in zip(starts, config.data.sources)]
+
+
+def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
+    """The lanes of the run. Raises ConfigError where this world size or batch cannot be dealt."""
+    data = config.data
+    found = layout(shapes(config, samples), data.batch, data.lanes, data.groups, data.window, config.seed)
+    found.check_world(world)
+    found.keep(config.selector.rate)
+    return found
+
+
+def check(config: RunConfig, world: int) -> None:
+    """Everything about a run that can be known before it starts and without its data. Raises ConfigError."""
+    check_wiring(config.towers, config.objectives)
+    plan(config, world, config.data.batch * 1000)
+
+
+class Model(NamedTuple):
+    """What the towers cost."""
+
+    parameters: int
+    flops: float  # of one sample's forward
+
+
+def measure(config: RunConfig) -> Model:
+    """Builds the towers of tensors that have a shape and no memory, and counts. A tokenizer that is not trained yet counts as configured,
+    or, for a debug tower, as a small one. Raises ConfigError for an unknown model."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameters, flops = 0, 0.0
+    with TemporaryDirectory() as made_up:
+        for tower in config.towers.values():
+            tower = tower.model_copy(update={"pretrained": None} if hasattr(tower, "pretrained") else {})
+            if getattr(getattr(tower, "tokenizer", None), "kind", None) == "bpe":
+                tower = tower.model_copy(update={"tokenizer": type(tower.tokenizer)()})
+            tower.prepare(TowerData(Path(made_up), lambda: ["a caption", "another one"]))
+            shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
+            with _where_it_is(), shapes_only:
+                model = tower.build(Path(made_up))  # in train mode: eval's fused attention is not seen by the counter
+            parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
+            fields = {name: decoder.collate([None]) for name, decoder in tower.decoders(Path(made_up), train=False).items()}
+            with torch.no_grad(), shapes_only, FlopCounterMode(display=False) as counter:
+                model({name: shapes_only.from_tensor(value) for name, value in fields.items()})
+            flops += counter.get_total_flops()
+    return Model(parameters, flops)
+
+
+@contextmanager
+def _where_it_is() -> Iterator[None]:
+    """Without Module.to, which cannot move what has no memory; open_clip calls it even for the device a model is on."""
+    import torch
+
+    moved = torch.nn.Module.to
+    torch.nn.Module.to = lambda module, *args, **kwargs: module
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = moved
+
+
+def zero_bytes(parameters: int, world: int) -> dict[int, dict[str, float]]:
+    """Stage -> bytes of a rank for weights, gradients and Adam's two moments, all float32 (bf16 is autocast)."""
+    whole, part = 4.0 * parameters, 4.0 * parameters / world
+    return {
+        0: {"weights": whole, "gradients": whole, "adam": 2 * whole},
+        1: {"weights": whole, "gradients": whole, "adam": 2 * part},
+        2: {"weights": whole, "gradients": part, "adam": 2 * part},
+        3: {"weights": part, "gradients": part, "adam": 2 * part},
+    }
+
+
+def table_bytes(found: Layout, world: int) -> tuple[int, int]:
+    """(device, host) bytes of the rank with the most samples: score table, and lane order."""
+    most = int(found.size.reshape(world, -1).sum(axis=1).max())
+    return TABLE_BYTES * most, LANE_BYTES * most
+
+
+def built_bytes(found: Layout, world: int) -> int | None:
+    """Bytes of the arrays of rank 0's lanes, really built; None where a rank has too many samples for that to be quick."""
+    if found.num_samples // world > BUILT_AT_MOST:
+        return None
+    lanes = RankLanes(found, 0, world)
+    lanes.rows(0)
+    return sum(value.nbytes for value in vars(lanes).values() if isinstance(value, np.ndarray)) + sum(
+        piece.nbytes for piece in lanes._pieces
+    )
+
+
+def gb(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Iterator[str]:
+    """The page of one run."""
+    world = cluster.world
+    found = plan(config, world, samples)
+    steps, batch = config.num_steps(found.num_samples), found.batch
+    keep = found.keep(config.selector.rate) * found.groups
+    warmup = found.steps_for(config.selector.warmup_visits)
+    yield f"ranks        {world} = {cluster.nodes} nodes x {cluster.tasks_per_node}"
+    yield f"samples      {found.num_samples:,} ({'given' if samples else 'by the index'}) in {len(found.sources)} source(s)"
+    smallest, largest = int(found.size.min()), int(found.size.max())
+    yield f"lanes        {found.lanes}, {found.lanes // world} a rank, {smallest:,} to {largest:,} samples each, {found.per_lane} of each in a batch"
+    yield f"batch        {batch:,} candidates, {batch // world} a rank; {found.groups} groups of {batch // found.groups}, {found.groups // world} a rank"
+    yield f"trained      {keep:,} of them, {keep // world} a rank ({config.selector.name}, rate {config.selector.rate})"
+    yield f"steps        {steps:,}, of which {warmup:,} gather history; each sample is offered {steps * batch / found.num_samples:.1f} times"
+    device, host = table_bytes(found, world)
+    built = built_bytes(found, world)
+    yield f"score table  {gb(device)} of device memory a rank ({TABLE_BYTES} bytes a sample)"
+    yield f"lane order   {gb(host)} of host memory a rank ({LANE_BYTES} bytes a sample)" + (
+        f"; built: {gb(built)}" if built is not None else ""
+    )
+    model = measure(config)
+    yield f"model        {model.parameters / 1e6:.1f} M parameters, {model.flops / 1e9:.2f} GFLOP for a forward of one sample"
+    yield "memory       of a rank for weights, gradients and Adam in float32; activations, autocast copies and buffers come on top"
+    for stage, parts in zero_bytes(model.parameters, world).items():
+        yield f"  ZeRO {stage}     {gb(sum(parts.values())):>10}  ({', '.join(f'{name} {gb(value)}' for name, value in parts.items())})"
+    yield f"checkpoint   {gb(12 * model.parameters + TABLE_BYTES * found.num_samples)} for weights, Adam and the score table, before compression"
+    yield from forecast(model, cluster, batch, keep, steps)
+
+
+def forecast(model: Model, cluster: ClusterConfig, batch: int, keep: int, steps: int) -> Iterator[str]:
+    """Candidates a second, and how long the run takes."""
+    if cluster.peak_tflops is None:
+        yield "speed        no forecast: the cluster file gives no peak_tflops"
+        return
+    cost = model.flops * (batch + 3 * keep)
+    seconds = cost / (cluster.world * cluster.peak_tflops * 1e12 * UTILISATION)
+    yield f"speed        {batch / seconds:,.0f} candidates/s, {keep / seconds:,.0f} trained/s, {seconds * 1000:.0f} ms a step; {steps * seconds / 3600:.1f} h in all"
+    yield f"  assuming   {cluster.peak_tflops:g} TFLOP/s a device at {UTILISATION:.0%}; one forward for each candidate, three forwards' worth for each"
+    yield "             trained row (no recomputation); gathering and gradients hidden behind it; loaders that keep up with"
+    yield f"             {batch / seconds / cluster.nodes:,.0f} images/s on each node"
+    yield f"starts       {math.ceil(steps * seconds / max(1, cluster.minutes * 60 - cluster.signal_delay))} of {cluster.minutes} minutes"
+
+
+def describe(top: Path, runs: dict[Path, Any], cluster: ClusterConfig, samples: int | None, dependency: str | None) -> None:
+    """Prints the submission of a run or sweep, and the page of its first run."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    submissions = top / "launch"
+    parameters = cluster.slurm(top.name, submissions, dependency)
+    command = f"python -P -u -m submitit.core._submit {submissions}"
+    array = {"map_count": len(runs)} if len(runs) > 1 else {}
+    print(f"== {top}: {len(runs)} run(s), would be submitted as\n")
+    print(_make_sbatch_string(command=command, folder=submissions, **parameters, **array))
+    for run in list(runs)[1:]:
+        print(f"   and {run}")
+    print("\n".join(lines(next(iter(runs.values())), cluster, samples)), end="\n\n")

@@ -1,0 +1,96 @@
+"""A real Slurm for the tests of this folder. Where it cannot run they are skipped with the reason; with CI=true they fail instead."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import DEBUG, ROOT, free_environment, losses, wait_for
+from tests.slurm.cluster import Cluster, install
+
+FILE = ROOT / "configs" / "cluster" / "cpu.yaml"
+LOCAL = ROOT / "configs" / "cluster" / "local.yaml"
+Launch = Callable[..., str]
+Say = Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four idle nodes."""
+    reason = install()
+    if reason and os.environ.get("CI") == "true":
+        pytest.fail(f"CI has to run the Slurm tests: {reason}")
+    if reason:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def launch(cluster: Cluster, icons_small: Path, tmp_path: Path) -> Iterator[Launch]:
+    """Launches configs/pretrain/debug.yaml into tmp_path/run as a user would, and gives the job's number; afterwards the queue is empty."""
+
+    def start(*arguments: str, out: str = "run", code: int = 0) -> str:
+        command = ["slurm.launch", str(DEBUG), "--cluster", str(FILE), f"out={tmp_path / out}", *settings(icons_small), *arguments]
+        done = run(*command)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout.partition(": job ")[2].split()[0].rstrip(",") if code == 0 else done.stderr
+
+    yield start
+    cluster.clear()
+
+
+def settings(data: Path) -> list[str]:
+    """A small run on given shards."""
+    return [f"data.sources=[{{url: {data}}}]", "evaluation.data=null", "engine.threads=1"]
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`python -m MODULE ...` in the repository, within two minutes."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=free_environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def train(out: Path, data: Path, *overrides: str) -> list[str]:
+    """The command line of the same run without Slurm."""
+    return ["train", str(DEBUG), f"out={out}", *settings(data), *overrides]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def reached(folder: Path, step: int) -> bool:
+    """Whether the run has recorded a step."""
+    return (folder / "metrics.jsonl").is_file() and any(line[0] >= step for line in losses(folder))
+
+
+def settled(cluster: Cluster, job: str) -> str:
+    """Waits until Slurm has finished with a job; its state."""
+    unfinished = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+    wait_for(lambda: cluster.state(job) not in unfinished, f"the end of job {job}", every=0.2)
+    return cluster.state(job)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture) -> Say:
+    """Prints a measured figure past pytest's capture."""
+
+    def out(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}", flush=True)
+
+    return out
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The mark of what `make test` leaves out."""
+    config.addinivalue_line("markers", "slurm: starts a real Slurm, minutes; `make test-slurm`")

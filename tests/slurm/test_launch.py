@@ -1,0 +1,152 @@
+"""The launcher without a cluster: what it refuses, what it prints, and what the arithmetic says at a billion samples."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import ConfigError, load
+from pipeline.data.lanes import RankLanes
+from pipeline.run import RunConfig
+from slurm import plan
+from slurm.cluster import ClusterConfig
+from slurm.job import PORTS, free_port
+from slurm.launch import main, points
+from slurm.queue import Queued
+from slurm.status import duration, read
+from tests.runs import DEBUG, ROOT
+
+FILES = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+BIG = ROOT / "configs" / "pretrain" / "vitb16_cc12m_dissect.yaml"
+CPU, H100 = (ROOT / "configs" / "cluster" / name for name in ("cpu.yaml", "h100.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_cluster_file_gives_parameters_that_submitit_knows(path: Path, tmp_path: Path) -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    script = _make_sbatch_string(command="true", folder=tmp_path, **load(ClusterConfig, path).slurm("run", tmp_path / "launch"))
+    for word in ("--kill-on-invalid-dep=yes", "--requeue", "--kill-on-bad-exit=1", "--signal=USR2@", "slurm.job"):
+        assert word in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["selector.nmae=random"], "selector.nmae"),
+        (["--resource", "nodes=3"], "cannot be dealt to 3 ranks; world sizes that work here: 1, 2."),
+        (["--resource", "nods=3"], "Did you mean 'nodes'?"),
+        (["--then", "configs/pretrain/none.yaml"], "configs/pretrain/none.yaml: no such config file"),
+        (["--then", str(DEBUG), "--then-set", "optimizer.lr=x"], "optimizer.lr"),
+        (["--then", str(DEBUG), "--then-set", "out={out}"], "both runs would train in"),
+        (["--sweep", "seed"], "--sweep seed: is written"),
+        (["--sweep", "seed=1,1"], "comes twice"),
+        (["--sweep", "seed=1,2", "--executor", "local"], "one job array on Slurm"),
+        (["out=s3://bucket/run"], "on a file system that all nodes see"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    arguments = [argument.format(out=out) if argument.startswith("out={") else argument for argument in arguments]
+    assert main([str(DEBUG), "--cluster", str(CPU), f"out={out}", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_slurm_the_way_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main([str(DEBUG), "--cluster", str(CPU), f"out={tmp_path / 'run'}"]) == 2
+    assert "--executor local" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_checkpoint_of_another_configuration_is_left_alone(
+    trained: Path, icons_small: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from slurm.folder import check_free
+
+    config = load(RunConfig, trained / "resolved.yaml")
+    check_free(config)
+    with pytest.raises(ConfigError, match="optimizer.lr was 0.01, now 0.5"):
+        check_free(load(RunConfig, trained / "resolved.yaml", ["optimizer.lr=0.5"]))
+
+
+def test_points_of_a_sweep_multiply() -> None:
+    found = points(["seed=1"], ["selector.name=dissect,random", "data.sources=[{url: a}]"])
+    assert list(found) == ["selector.name=dissect+data.sources=url-a", "selector.name=random+data.sources=url-a"]
+    assert found["selector.name=random+data.sources=url-a"] == ["seed=1", 'selector.name="random"', 'data.sources=[{"url": "a"}]']
+    assert points([], []) == {"": []}
+
+
+def test_a_dry_run_for_256_ranks_needs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    arguments = [str(BIG), f"out={out}", "data.groups=256", "--cluster", str(H100), "--samples", "10_000_000", "--dry-run"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "#SBATCH --nodes=32",
+        "256 = 32 nodes x 8",
+        "10,000,000 (given)",
+        "10,240 candidates, 40 a rank; 256 groups of 40, 1 a rank",
+        "5,120 of them, 20 a rank",
+        "149.6 M parameters, 41.09 GFLOP",
+        "assuming   989 TFLOP/s a device at 35%",
+    ):
+        assert words in said
+    assert not out.exists()
+
+
+def test_zero_divides_what_it_says() -> None:
+    stages = {stage: sum(parts.values()) for stage, parts in plan.zero_bytes(1_000_000, 4).items()}
+    assert stages == {0: 16e6, 1: 10e6, 2: 7e6, 3: 4e6}
+
+
+def test_a_billion_samples_on_1024_ranks_stay_within_bounds() -> None:
+    config = load(RunConfig, BIG, ["data.batch=65536", "data.groups=1024"])
+    found = plan.plan(config, 1024, 1_000_000_000)
+    assert int(found.size.sum()) == 1_000_000_000 and found.size.max() - found.size.min() <= 1
+    device, host = plan.table_bytes(found, 1024)
+    assert device <= 5e6 and host <= 24e6
+    for rank in (0, 511, 1023):
+        lanes = RankLanes(found, rank, 1024)
+        rows = lanes.rows(12_345)
+        assert len(rows.sample) == 64 and len(np.unique(rows.sample)) == 64 and rows.sample.max() < 1_000_000_000
+    assert plan.built_bytes(found, 1024) <= 24.1e6
+
+
+def test_a_port_in_use_is_passed_over() -> None:
+    first = free_port("4711")
+    assert first in PORTS
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        assert free_port("4711") == first + 1
+    assert free_port("4711") == first
+
+
+def test_reasons_are_in_words() -> None:
+    job = Queued("7", "PENDING", "Resources", "", "2026-11-22T10:00:00")
+    assert job.in_words() == "it is the next one, and waits for free nodes (Resources); expected to start at 2026-11-22T10:00:00"
+    assert "limit of the account" in job._replace(reason="QOSGrpCpuLimit").in_words()
+    assert job._replace(reason="Sunspots", start="N/A").in_words() == "Slurm's reason: Sunspots"
+    assert job._replace(state="RUNNING").in_words() == ""
+
+
+def test_a_folder_tells_its_state_without_squeue(trained: Path, tmp_path: Path) -> None:
+    assert read(trained, None, 5).state == "complete"
+    (tmp_path / "launch.json").write_text(json.dumps({"job": "7", "executor": "slurm", "logs": str(tmp_path)}))
+    assert read(tmp_path, None, 5).state == "unknown" and read(tmp_path, {}, 5).state == "stopped"
+    events = [{"event": "start", "job": "7", "step": 0}, {"event": "end", "job": "7", "code": 2, "step": 0}]
+    (tmp_path / "starts.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n{")
+    (tmp_path / "7_0_log.out").write_text("error: what went wrong\n\rrun: 10%\rrun: 20%\n")
+    found = read(tmp_path, None, 5)
+    assert (found.state, found.why) == ("ended", "exit code 2 after the checkpoint of step 0; its log says why")
+    assert found.log == ["error: what went wrong", "run: 20%"]
+    waiting = read(tmp_path, {"7": Queued("7", "PENDING", "Priority", "", "N/A")}, 5)
+    assert (waiting.state, waiting.why) == ("waiting", "jobs of a higher priority are before it (Priority)")
+
+
+def test_durations_read_well() -> None:
+    assert [duration(seconds) for seconds in (20, 75, 9000, 864_000)] == ["20 s", "1 min", "2.5 h", "10.0 d"]
