@@ -69,7 +69,10 @@ class Task(nn.Module):
             }
             cached.before_loss()
         loss, seen = self.loss(features, batch, selection)
-        return StepOutput(loss, seen | {"logit_scale": features["scale"].detach().squeeze()} if "scale" in features else seen, {})
+        if "scale" in features:
+            seen["logit_scale"] = features["scale"].detach().squeeze()
+        against = {f"{name}/{key}": rows for name, objective in self.objectives.items() for key, rows in objective.adversary_inputs.items()}
+        return StepOutput(loss, seen, against)
 
     def _embed(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -77,9 +80,17 @@ class Task(nn.Module):
         }
 
     def loss(self, features: dict[str, Tensor], batch: Batch, selection: Selection) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the objectives over given features, and the objectives' values, detached."""
+        """The weighted sum of the objectives over given features; the objectives' values and telemetry, detached."""
         terms = {name: objective(features, batch, selection, self.comm) for name, objective in self.objectives.items()}
-        return sum(self.weights[name] * term for name, term in terms.items()), {name: term.detach() for name, term in terms.items()}
+        seen = {name: term.detach() for name, term in terms.items()}
+        for name, objective in self.objectives.items():
+            seen |= {f"{name}.{key}": value for key, value in objective.telemetry.items()}
+        return sum(self.weights[name] * term for name, term in terms.items()), seen
+
+    def after_step(self) -> None:
+        """Once after each optimizer step: what of the objectives moves once a step, queues and banks."""
+        for objective in self.objectives.values():
+            objective.after_step()
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """(parameter, lowest, highest) that the engine holds it to after each optimizer step."""

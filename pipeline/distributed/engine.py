@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ConfigError, Strict
 from pipeline.distributed import state, zero
+from pipeline.distributed.adversaries import Adversaries
 from pipeline.distributed.comm import Comm
 from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.replay import accumulate
@@ -74,6 +75,10 @@ class Engine:
         self._check_accumulation(task)
         if config.compile:
             compile_blocks(task)
+        self.adversaries = Adversaries(task.objectives, self.device, comm)
+        # queues and banks are equal on all ranks as they are built; DDP would send them around before every forward
+        banks = [name for name, _ in task.named_buffers() if name.startswith("objectives.")]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, banks)
         self.optimizer = optimizer.build(task)  # torch's own; under ZeRO it holds this rank's share
         self.task, self._stepper = accelerator.prepare(task, self.optimizer)
         self._names = {id(p): name for name, p in task.named_parameters()}
@@ -122,7 +127,10 @@ class Engine:
             with self.autocast():
                 out = self.task(batch, "train", selection)
             self.backward(out.loss, last=True)
-        return Trained(out.loss.detach(), out.terms, self._update())
+        norm = self._update()
+        self.raw.after_step()
+        self.adversaries.train(out.adversary)
+        return Trained(out.loss.detach(), out.terms, norm)
 
     def synchronised(self, last: bool) -> AbstractContextManager:
         """Around a forward and its backward: ranks exchange gradients on the last one of a step only (DDP; ZeRO is told in `backward`)."""
@@ -179,6 +187,7 @@ class Engine:
         """Weights and optimizer state of all ranks into `folder`. Collective."""
         self.save_weights(folder / state.WEIGHTS)
         state.save_optimizer(self.optimizer, self.parts, folder, self.comm.rank, self.comm.size, replicated=self.stage == 0)
+        self.adversaries.save(folder)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -188,6 +197,7 @@ class Engine:
             if self.stage:
                 state.load_master(self.parts, folder / state.WEIGHTS)
             state.load_optimizer(self.optimizer, self.parts, folder)
+            self.adversaries.load(folder)
 
 
 def compile_blocks(model: nn.Module) -> None:
