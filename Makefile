@@ -36,11 +36,11 @@ test: lint
 
 # minutes: twenty kills, every ZeRO stage
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm"
 
 # preemption, crashed nodes, time limits on a Slurm cluster that the tests start; needs root and Debian's packages
 test-slurm: env
-	$(BIN)/python -m pytest -m "slurm and not slow"
+	$(BIN)/python -m pytest -m slurm
 
 # every kernel of the table ahead of time, without a GPU: registers, spills, shared memory, tensor cores; with the oldest Triton too
 OLDEST_TRITON := .venv/triton-3.6.0
