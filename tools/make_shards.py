@@ -18,11 +18,12 @@ from pipeline.data.errors import DataError
 from pipeline.data.index_format import FILE, read_build, write_index
 from tools.noise import swapped
 from tools.shards import PARTS, Output, Stats, Task, make, part_bytes, rows_of
-from tools.sources import icons, table, tars
+from tools.sources import digits, icon_weights, icons, openmoji, table, tars, tuxpaint
 from tools.sources.base import Source
 
 FORMAT = 1  # of the shards; a change that alters their bytes counts it up
 TRUTH = "truth.parquet"
+MADE = {module.__name__.rsplit(".", 1)[-1]: module for module in (icons, openmoji, icon_weights, tuxpaint, digits, table)}
 _WINDOW = 8  # shards within which a large table is shuffled
 
 
@@ -30,11 +31,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line, one sub-command per source."""
     whole = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
     sources = whole.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for module in (icons, table, tars):
-        name = module.__name__.rsplit(".", 1)[-1]
+    for name, module in {**MADE, "tars": tars}.items():
         one = sources.add_parser(name, help=(module.__doc__ or "").split(".")[0], description=module.__doc__)
         one.add_argument("out", metavar="OUT", help="folder or URL of the data set")
         one.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+        one.add_argument(
+            "--part",
+            type=_part,
+            metavar="I/N",
+            help="make only every N-th shard, from the I-th (0 to N-1); the index is left to a run without",
+        )
         if module is tars:
             tars.add_arguments(one)
             continue
@@ -54,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 0 to N-1")
+    return int(part), int(parts)
+
+
 def build(options: argparse.Namespace) -> str:
     """Makes the data set of parsed options; returns what was done, in one line. Raises DataError."""
     if options.source == "tars":
@@ -63,7 +76,7 @@ def build(options: argparse.Namespace) -> str:
         return _already(out) or _run(out, tasks, None, options)
     if options.shard_size < 1 or not 0 <= options.noise <= 1:
         raise DataError(f"--shard-size {options.shard_size}, --noise {options.noise}: expected at least 1, and a share from 0 to 1")
-    source: Source = {"icons": icons, "table": table}[options.source].Source(options)
+    source: Source = MADE[options.source].Source(options)
     common = {"format": FORMAT, "shard_size": options.shard_size, "seed": options.seed, "noise": options.noise}
     out = _output(options, common | source.fingerprint(), in_place=False)
     return _already(out) or _write_all(out, source, options)
@@ -117,11 +130,13 @@ def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
         end = min(start + options.shard_size, count)
         tasks.append(Task(number, start, plan.rows[start:end], given and given[start:end]))
     said = _run(out, tasks, source, options)
+    if options.part:
+        return said
     if given is not None:
         storage.write_bytes(storage.join(out.url, TRUTH), _truth(out, plan.captions, given))
     if notice := source.notice():
         storage.write_bytes(storage.join(out.url, "NOTICE.txt"), notice.encode())
-    return said
+    return f"{said}\n{about}" if (about := source.about()) else said
 
 
 def _truth(out: Output, captions: list[str], given: list[str]) -> bytes:
@@ -142,7 +157,8 @@ def _run(out: Output, tasks: Sequence[Task], source: Source | None, options: arg
     for stats in done.values():
         if stats.build != out.build:
             raise DataError(_other(out, stats.options))
-    left = [task for task in tasks if task.number not in done]
+    part, parts = options.part or (0, 1)
+    left = [task for task in tasks if task.number not in done and task.number % parts == part]
     unit, total = ("samples", sum(len(task.rows) for task in tasks)) if source else ("shards", len(tasks))
     with tqdm(total=total, unit=f" {unit}", smoothing=0.1, disable=None, file=sys.stderr) as bar:
         bar.update(sum(_amount(tasks[number], done[number], source) for number in done))
@@ -150,6 +166,8 @@ def _run(out: Output, tasks: Sequence[Task], source: Source | None, options: arg
             done[number] = stats
             bar.update(_amount(tasks[number], stats, source))
             _check_bad(done, total, options)
+    if options.part:
+        return f"{out.url}: part {part} of {parts}, {len(left)} shards made now. {_causes(done)}"
     numbers = sorted(number for number in done if done[number].samples)
     if not numbers:
         raise DataError(f"{out.url}: no sample could be used. {_causes(done)}")

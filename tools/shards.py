@@ -116,7 +116,7 @@ def _write(path: str, task: Task, source: Source) -> Counter[str]:
             if isinstance(pair, BadSample):
                 failures[pair.cause] += 1
             else:
-                tar.write({"__key__": f"{task.first + at:09d}", pair.extension: pair.image, "txt": caption.encode()})
+                tar.write({"__key__": f"{task.first + at:09d}", pair.extension: pair.image, "txt": caption.encode(), **pair.more})
     return failures
 
 

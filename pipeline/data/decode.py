@@ -1,6 +1,7 @@
 """From a member's bytes to a row of a batch; runs in the loader's workers, seeded by sample and visit."""
 
 import io
+import json
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from webdataset.autodecode import imagehandler
 
-from pipeline.data.errors import BadSample
+from pipeline.data.errors import BadSample, DataError
 
+# fields that a plain webdataset sample holds without their name: `000.png` is the image; of others the name is part (`000.line.png`)
+PLAIN = ("image", "text", "audio", "video", "label")
 MAX_PIXELS = 64_000_000  # an 8,000 x 8,000 image; a small file that unpacks to more is an attack or a mistake
 MAX_CAPTION_BYTES = 65_536
 
@@ -129,6 +132,59 @@ class TextDecoder:
         """int64 [b, context]; one call for the batch, which is several times faster than one for each caption."""
         tokens = self.tokenize([item or "" for item in items])
         return tokens * torch.tensor([item is not None for item in items])[:, None]
+
+
+class LabelDecoder:
+    """Class -> int64, -1 for a sample without one. `classes`: their names in the order of the logits, or their number.
+
+    A `json` member holds "class" (the name) or "label" (the number), a `cls` member the number. A class that is not among them is an
+    error and no bad sample: these shards were made with another label set.
+    """
+
+    extensions = ("json", "cls")
+    optional = True
+
+    def __init__(self, classes: Sequence[str] | int) -> None:
+        self.names = None if isinstance(classes, int) else list(classes)
+        self.count = classes if isinstance(classes, int) else len(classes)
+
+    def __call__(self, data: bytes, extension: str, seed: int | None) -> int:
+        try:
+            value = json.loads(data)
+            value = value if extension == "cls" else value.get("class" if self.names else "label", -1)
+        except (ValueError, AttributeError) as error:
+            raise BadSample("label", f"{type(error).__name__}: {error}") from None
+        if self.names is not None and isinstance(value, str):
+            if value not in self.names:
+                raise DataError(f"data.classes: a sample is of class {value!r}, not one of {', '.join(self.names)}. {_OTHER_LABELS}")
+            return self.names.index(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise BadSample("label", f"found {value!r}, expected the number of a class")
+        if value >= self.count:
+            raise DataError(f"data.classes: a sample is of class {value}, there are {self.count}. {_OTHER_LABELS}")
+        return max(value, -1)
+
+    def collate(self, items: Sequence[int | None]) -> Tensor:
+        """int64 [b]."""
+        return torch.tensor([-1 if item is None else item for item in items], dtype=torch.int64)
+
+
+_OTHER_LABELS = "The shards were made with another label set: give data.classes as their *.stats.json list them"
+
+
+def members_of(field: str, decoder: Decoder, named: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The members a field is read from, the first one present is taken: `named` with each of the decoder's extensions where they
+    have none, else `line.png` and so on for the field `line`. Raises DataError."""
+    if named is None:
+        names = [f"{field}.{extension}" for extension in decoder.extensions]
+        return (*names, *(decoder.extensions if field in PLAIN else ()))
+    found: list[str] = []
+    for name in named:
+        known = name.rsplit(".", 1)[-1] in decoder.extensions
+        found += [name] if known else [f"{name}.{extension}" for extension in decoder.extensions]
+    if not found:
+        raise DataError(f"data.modalities.{field}.members: names no member. Leave it out for {field}.{decoder.extensions[0]} and its like")
+    return tuple(member.lower() for member in found)
 
 
 def captions(data: bytes) -> list[str]:

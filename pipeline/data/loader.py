@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import Strict
 from pipeline.data.cache import ShardCache
-from pipeline.data.decode import Decoder, captions
+from pipeline.data.decode import Decoder, LabelDecoder, captions, members_of
 from pipeline.data.errors import BadSample, DataError
 from pipeline.data.index import Index
 from pipeline.data.lanes import Layout, RankLanes, Rows, SourceShape
@@ -37,10 +37,27 @@ class SourceConfig(Strict):
     weight: float | None = Field(None, gt=0, description="relative share of the candidates; None: its number of samples")
 
 
+class ModalityConfig(Strict):
+    """Where one field of the batch comes from."""
+
+    members: list[str] | None = Field(
+        None,
+        description="the first one that a sample has is read: [speech.fr, speech.es]; None: the field's name, such as line.png for line",
+    )
+    optional: bool = Field(False, description="a sample may lack it: its row is zeros, and False in the field <name>.present")
+
+
 class DataConfig(Strict):
     """What is read, how it is dealt, and how much of it may be bad."""
 
     sources: list[SourceConfig] = Field(min_length=1)
+    modalities: dict[str, ModalityConfig] = Field(
+        default_factory=dict, description="fields that are read from other members than those of their name, or that samples may lack"
+    )
+    classes: list[str] | int | None = Field(
+        None,
+        description="names, or number, of the classes: adds the field label, read from json or cls members; -1 where a sample has none",
+    )
     batch: int = Field(ge=1, description="candidate rows of one step, all ranks together")
     lanes: int | None = Field(None, ge=1, description="None: the largest power of two that divides the batch, at most 1,024")
     groups: int = Field(8, ge=1, description="selection groups; top-k is taken inside each")
@@ -64,8 +81,9 @@ def cache_folder(config: DataConfig) -> Path:
 class Sources:
     """The sources of a run as one range of global sample ids: source i begins where source i - 1 ends."""
 
-    def __init__(self, indices: list[Index], readers: list[Reader], weights: list[float | None]) -> None:
+    def __init__(self, indices: list[Index], readers: list[Reader], weights: list[float | None], config: DataConfig) -> None:
         self.indices, self.readers = indices, readers
+        self.modalities, self.classes = config.modalities, config.classes
         self.shapes = [SourceShape(i.shard_start, w if w is not None else float(i.num_samples)) for i, w in zip(indices, weights)]
         self.bases = np.cumsum([0] + [index.num_samples for index in indices])
 
@@ -77,7 +95,7 @@ class Sources:
         for index in indices:
             index.check_shards()
         cache = ShardCache(folder / "shards", int(config.cache_gb * 1e9)) if config.cache != "off" else ShardCache(None, 0)
-        return cls(indices, [Reader(index, cache) for index in indices], [source.weight for source in config.sources])
+        return cls(indices, [Reader(index, cache) for index in indices], [source.weight for source in config.sources], config)
 
     @property
     def num_samples(self) -> int:
@@ -125,7 +143,28 @@ class Fetch(Dataset):
     """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer."""
 
     def __init__(self, sources: Sources, decoders: dict[str, Decoder], seed: int | None) -> None:
-        self.sources, self.decoders, self.seed = sources, decoders, seed
+        self.sources, self.seed = sources, seed
+        self.decoders = decoders if sources.classes is None else decoders | {"label": LabelDecoder(sources.classes)}
+        given = sources.modalities
+        self.members = {name: members_of(name, d, given[name].members if name in given else None) for name, d in self.decoders.items()}
+        self.masked = [name for name in self.decoders if name in given and given[name].optional]
+        self._check()
+
+    def _check(self) -> None:
+        """Raises DataError for a field that no sample has, as far as the index tells; evaluation may lack what is optional."""
+        there = sorted({extension for index in self.sources.indices for extension in index.extensions})
+        for name, members in self.members.items():
+            if not set(members) & set(there) and (self.seed is not None or not self._optional(name)):
+                raise DataError(
+                    f"data: no sample has the modality {name!r}: it is read from {', '.join(members)}, the shards hold {', '.join(there)}. "
+                    f"Name its members in data.modalities.{name}.members"
+                )
+        unread = [name for name in self.sources.modalities if name not in self.decoders]
+        if unread and self.seed is not None:
+            raise DataError(f"data.modalities: no tower reads {', '.join(unread)}; the towers read {', '.join(self.decoders)}")
+
+    def _optional(self, name: str) -> bool:
+        return name in self.masked or getattr(self.decoders[name], "optional", False)
 
     def __getitem__(self, rows: Rows) -> Batch | DataError:
         """What stops the run comes as a value: raised in a worker, it would reach people inside of torch's traceback."""
@@ -147,16 +186,18 @@ class Fetch(Dataset):
             for name, item in decoded.items():
                 items[name].append(item)
         fields: dict[str, Tensor] = {name: decoder.collate(items[name]) for name, decoder in self.decoders.items()}
+        for name in self.masked:
+            fields[f"{name}.present"] = torch.tensor([item is not None for item in items[name]])
         return Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid)), fields=fields, bad=tuple(bad))
 
     def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
         members = self.sources.members(sample)
         out = {}
         for name, decoder in self.decoders.items():
-            extension = next((e for e in decoder.extensions if e in members), None)
-            if extension is None:
-                raise BadSample("missing_member", f"{name}: none of {', '.join(decoder.extensions)}")
-            out[name] = decoder(members[extension], extension, seed)
+            member = next((m for m in self.members[name] if m in members), None)
+            if member is None and not self._optional(name):
+                raise BadSample("missing_member", f"{name}: none of {', '.join(self.members[name])}")
+            out[name] = None if member is None else decoder(members[member], member.rsplit(".", 1)[-1], seed)
         return out
 
 

@@ -93,7 +93,7 @@ class Source(Base):
         every = icons(self.split)
         for row in rows:
             icon = every[row]
-            svg = _archive(icon.pack).read(icon.entry).decode("utf-8")
+            svg = archive(icon.pack).read(icon.entry).decode("utf-8")
             try:
                 yield Pair("png", draw(svg, self.size), icon.name)
             except ValueError as error:
@@ -117,7 +117,7 @@ def icons(split: str) -> tuple[Icon, ...]:
     """All icons of a split in a fixed order, brands left out (they are logos, and their names are no descriptions)."""
     found = []
     for pack in PACKS[split]:
-        entries = sorted(entry for entry in _archive(pack).namelist() if entry.endswith(".svg") and not entry.startswith("brands/"))
+        entries = sorted(entry for entry in archive(pack).namelist() if entry.endswith(".svg") and not entry.startswith("brands/"))
         found += [Icon(pack, entry, _name(pack, entry)) for entry in entries]
     return tuple(found)
 
@@ -151,8 +151,8 @@ def _name(pack: str, entry: str) -> str:
 
 
 @functools.cache
-def _archive(pack: str) -> zipfile.ZipFile:
-    """Open once per process: reading the directory of 7,000 entries takes as long as drawing 50 of them."""
+def archive(pack: str) -> zipfile.ZipFile:
+    """A pack's icons.zip. Open once per process: reading the directory of 7,000 entries takes as long as drawing 50 of them."""
     return zipfile.ZipFile(_folder(pack) / "icons.zip")
 
 
