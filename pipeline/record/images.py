@@ -156,8 +156,9 @@ def _pair(reader: Reader, row: int) -> Pair:
         caption = captions(members["txt"])[0] if "txt" in members else "(no caption)"
     except BadSample as error:
         caption = f"({error.cause})"
-    extension = next((e for e in ImageDecoder.extensions if e in members), None)
-    return Pair(_decode(members[extension]) if extension else None, caption)
+    extensions = ImageDecoder.extensions
+    found = next((name for name in (*(f"image.{e}" for e in extensions), *extensions) if name in members), None)
+    return Pair(_decode(members[found]) if found else None, caption)
 
 
 def _decode(data: bytes) -> PIL.Image.Image | None:
