@@ -1,6 +1,7 @@
 """A bag of token embeddings for any text field: a caption as auxiliary modality. A CLIP text encoder is towers/open_clip.py."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Config(ModalityConfig):
     """
 
     field: str = "caption"
-    arch: str = Field("mlp", pattern="^mlp$")
+    arch: Literal["mlp"] = "mlp"
     layers: int = Field(1, ge=1)
     context: int = Field(16, ge=4)
     vocab_size: int = Field(1024, ge=300)

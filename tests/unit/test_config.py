@@ -246,11 +246,15 @@ def test_a_dotted_name_that_is_no_component_is_refused(lab) -> None:
         assert "selector" in said and name.split(".")[0] in said
 
 
+INPUTS = {"image": {"name": "image"}}
+
+
 def variants(field: FieldInfo) -> list[Any]:
     """Values that a field may take; those that do not fit are refused by its Config."""
     parts = [field.annotation, *typing.get_args(field.annotation)]
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
-    return [*literals, True, False, 7, 301, 0.25, "text", "ViT-B-32", {"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}]
+    nested = [{"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}, {"num_mels": 40}, INPUTS]
+    return [*literals, True, False, 7, 301, 304, 0.25, "text", "vit", "ViT-B-32", *nested]
 
 
 @pytest.mark.parametrize(("folder", "name"), COMPONENTS)
@@ -258,9 +262,10 @@ def test_every_setting_of_every_component_survives_load_dump_load(folder: str, n
     place, *rest = ONE_OF[folder].split(".")
     module = importlib.import_module(f"pipeline.{folder}.{name}")
     assert issubclass(module.Config, BASES[folder])
-    needed = {key: "ViT-B-32" for key, field in module.Config.model_fields.items() if field.is_required()}
+    required = [key for key, field in module.Config.model_fields.items() if field.is_required()]
+    needed = {key: INPUTS if key == "inputs" else "ViT-B-32" for key in required}
     for key, field in module.Config.model_fields.items():
-        if key == "name":
+        if key == "name" or typing.get_args(field.annotation) == (field.get_default(),):  # one value alone is no setting
             continue
         changed = []
         for value in variants(field):

@@ -6,7 +6,7 @@ Why it is shaped like this (S = s <x_i, y_j>; at 4,096 x 4,096 x 512 in bfloat16
    bits, 0.25 at a logit of 60, and the rounding is relative: around the shift, where the softmax has its mass, almost nothing is lost.
  - The own pair is kept out of the matrix. Its coefficient p - 1 comes from the sum of the others, without cancellation: in bfloat16
    p = 0.999 would be 1 and its gradient 0.
- - The logits of the first rows are kept for backward, as far as they take no more room than four float32 copies of the features.
+ - The logits of the first rows are kept for backward, as far as they take no more room than six float32 copies of the features.
 """
 
 import math
@@ -62,9 +62,9 @@ def kept_rows(pairs: Pairs) -> int:
 
 
 def kept(x: Tensor, y: Tensor) -> int:
-    """Whole strips, at most three rows of four and no more bytes than four float32 copies of the features; from shapes and dtypes alone."""
+    """Whole strips, at most three rows of four and no more bytes than six float32 copies of the features; from shapes and dtypes alone."""
     rows, strip = x.shape[0], strip_rows(x.shape[0])
-    return min(3 * rows // 4, 16 * x.shape[1] // workable(x.dtype).itemsize) // strip * strip
+    return min(3 * rows // 4, 24 * x.shape[1] // workable(x.dtype).itemsize) // strip * strip
 
 
 def _places(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
