@@ -8,31 +8,20 @@ from torch.nn import functional as F
 
 from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
+from pipeline.objectives._follow import FollowConfig
 from pipeline.objectives._rows import Used, feature, fresh, same_shape, unit, weight_of
-from pipeline.objectives.base import Objective, ObjectiveConfig
+from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
 
-class MatchConfig(ObjectiveConfig):
+class MatchConfig(FollowConfig):
     """Which features, and how the student's get to the teacher's width."""
 
-    student: str = "embedding"
-    teacher: str = "teacher.embedding"
     distance: Literal["mse", "l1"] = Field("mse", description="the mean over the columns of a row")
     normalise: bool = Field(False, description="compare unit rows (CLIP-KD's FD)")
     projector: Literal["none", "linear"] = Field("none", description="linear: a trained map from the student's to the teacher's columns")
     student_width: int | None = Field(None, ge=1, description="columns of the student's feature, for a projector")
     teacher_width: int | None = Field(None, ge=1, description="columns of the teacher's feature, for a projector")
-    present: str | None = Field(None, description="bool field of rows that have this modality; the other rows train nothing here")
-
-    def reads(self) -> tuple[str, ...]:
-        return (self.student, self.teacher)
-
-    def trains(self) -> tuple[str, ...]:
-        return (self.student,)
-
-    def fields(self) -> tuple[str, ...]:
-        return (self.present,) if self.present else ()
 
     def build(self) -> "Match":
         if self.projector == "linear" and (self.student_width is None or self.teacher_width is None):

@@ -7,28 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.distributed.comm import Comm
+from pipeline.objectives._follow import FollowConfig
 from pipeline.objectives._rows import Used, feature, same_shape, weight_of
-from pipeline.objectives.base import Objective, ObjectiveConfig
+from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
 
-class Config(ObjectiveConfig):
+class Config(FollowConfig):
     """`target: probabilities` takes what an ensemble or late fusion gives; rows need not sum to 1."""
 
     student: str = "logits"
     teacher: str = "teacher.logits"
     target: Literal["logits", "probabilities"] = "logits"
     temperature: float = Field(4.0, gt=0)
-    present: str | None = Field(None, description="bool field of rows that the teacher has seen")
-
-    def reads(self) -> tuple[str, ...]:
-        return (self.student, self.teacher)
-
-    def trains(self) -> tuple[str, ...]:
-        return (self.student,)
-
-    def fields(self) -> tuple[str, ...]:
-        return (self.present,) if self.present else ()
 
     def build(self) -> "LogitKd":
         return LogitKd(self)

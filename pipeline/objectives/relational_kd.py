@@ -6,35 +6,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.distributed.comm import Comm
+from pipeline.objectives._follow import FollowConfig
 from pipeline.objectives._rows import feature, unit, weight_of
-from pipeline.objectives.base import Objective, ObjectiveConfig
+from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
 
-class Config(ObjectiveConfig):
+class Config(FollowConfig):
     """The widths of student and teacher may differ."""
 
-    student: str = "embedding"
-    teacher: str = "teacher.embedding"
     distance_weight: float = Field(1.0, ge=0)
     angle_weight: float = Field(2.0, ge=0, description="angles store 8 b N^2 bytes, b rows of a rank and N of all; 0 for large batches")
     normalise: bool = Field(False, description="relate unit rows")
-    present: str | None = Field(None, description="bool field of rows that the teacher has seen")
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Config":
         if not (self.distance_weight or self.angle_weight):
             raise ValueError("both weights of relational_kd are 0; leave the objective out")
         return self
-
-    def reads(self) -> tuple[str, ...]:
-        return (self.student, self.teacher)
-
-    def trains(self) -> tuple[str, ...]:
-        return (self.student,)
-
-    def fields(self) -> tuple[str, ...]:
-        return (self.present,) if self.present else ()
 
     def build(self) -> "RelationalKd":
         return RelationalKd(self)
