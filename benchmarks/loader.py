@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.common import machine, save
 from pipeline.data.decode import Decoder, ImageDecoder, Resize, TextDecoder
+from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import RankLanes, layout
-from pipeline.data.loader import DataConfig, Fetch, SourceConfig, Sources, _Requests, batches
+from pipeline.data.loader import _Requests, batches
+from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.text import BpeTokenizer, train_bpe
 
 BATCH, WINDOW, LANES = 256, 4, 4

@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it."""
-    from pipeline.data.loader import Sources
+    from pipeline.data.sources import Sources
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
     from pipeline.run import TrainedRun
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pipeline.config import ConfigError, Strict, component, digest, dump, load, to_yaml
 from pipeline.data.decode import Decoder
+from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Layout, layout
-from pipeline.data.loader import DataConfig, DataModule, Fetch, Sources
+from pipeline.data.loader import DataModule
+from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
 from pipeline.distributed.comm import Comm, LocalComm

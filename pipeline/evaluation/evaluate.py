@@ -16,8 +16,10 @@ from torch import Tensor
 from pipeline.config import ConfigError, Strict
 from pipeline.data.decode import Decoder, captions
 from pipeline.data.errors import BadSample, DataError
+from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Rows
-from pipeline.data.loader import DataConfig, Fetch, SourceConfig, Sources, batches
+from pipeline.data.loader import batches
+from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import load
 from pipeline.data.lanes import RankLanes, layout
-from pipeline.data.loader import Sources
+from pipeline.data.sources import Sources
 from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector

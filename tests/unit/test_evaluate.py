@@ -12,7 +12,7 @@ import pytest
 import webdataset as wds
 
 from pipeline.__main__ import main
-from pipeline.data.loader import DataConfig, Sources
+from pipeline.data.sources import DataConfig, Sources
 from tools.make_shards import main as make_shards
 
 

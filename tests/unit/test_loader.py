@@ -19,8 +19,10 @@ import torch
 from pipeline.config import parse
 from pipeline.data.decode import ImageDecoder, Resize, TextDecoder
 from pipeline.data.errors import DataError
+from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import RankLanes, layout
-from pipeline.data.loader import DataConfig, DataModule, Fetch, Sources
+from pipeline.data.loader import DataModule
+from pipeline.data.sources import DataConfig, Sources
 from pipeline.data.text import BpeTokenizer, train_bpe
 from pipeline.types import Batch
 from tools.make_shards import main as make_shards

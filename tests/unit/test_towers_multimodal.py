@@ -14,8 +14,9 @@ from PIL import Image
 from pipeline.config import ConfigError, Strict, component, parse
 from pipeline.data.decode import Decoder
 from pipeline.data.errors import DataError
+from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Rows
-from pipeline.data.loader import DataConfig, Fetch, Sources
+from pipeline.data.sources import DataConfig, Sources
 from pipeline.towers.base import Tower, TowerConfig, TowerData
 from pipeline.types import Batch
 from tools.make_shards import main as make_shards

@@ -1,0 +1,77 @@
+"""From the ids of a batch's rows to the batch: what a loader worker does."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.data.decode import Decoder, LabelDecoder, members_of
+from pipeline.data.errors import BadSample, DataError
+from pipeline.data.lanes import Rows
+from pipeline.data.sources import Sources
+from pipeline.hashing import hash_ids
+from pipeline.types import Batch
+
+
+class Fetch(Dataset):
+    """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer."""
+
+    def __init__(self, sources: Sources, decoders: dict[str, Decoder], seed: int | None) -> None:
+        self.sources, self.seed = sources, seed
+        self.decoders = decoders if sources.classes is None else decoders | {"label": LabelDecoder(sources.classes)}
+        given = sources.modalities
+        self.members = {name: members_of(name, d, given[name].members if name in given else None) for name, d in self.decoders.items()}
+        self.masked = [name for name in self.decoders if name in given and given[name].optional]
+        self._check()
+
+    def _check(self) -> None:
+        """Raises DataError for a field that no sample has, as far as the index tells; evaluation may lack what is optional."""
+        there = sorted({extension for index in self.sources.indices for extension in index.extensions})
+        for name, members in self.members.items():
+            if not set(members) & set(there) and (self.seed is not None or not self._optional(name)):
+                raise DataError(
+                    f"data: no sample has the modality {name!r}: it is read from {', '.join(members)}, the shards hold {', '.join(there)}. "
+                    f"Name its members in data.modalities.{name}.members"
+                )
+        unread = [name for name in self.sources.modalities if name not in self.decoders]
+        if unread and self.seed is not None:
+            raise DataError(f"data.modalities: no tower reads {', '.join(unread)}; the towers read {', '.join(self.decoders)}")
+
+    def _optional(self, name: str) -> bool:
+        return name in self.masked or getattr(self.decoders[name], "optional", False)
+
+    def __getitem__(self, rows: Rows) -> Batch | DataError:
+        """What stops the run comes as a value: raised in a worker, it would reach people inside of torch's traceback."""
+        try:
+            return self._batch(rows)
+        except DataError as error:
+            return error
+
+    def _batch(self, rows: Rows) -> Batch:
+        items: dict[str, list[Any]] = {name: [] for name in self.decoders}
+        valid, bad = np.ones(len(rows.sample), bool), []
+        seeds = hash_ids(self.seed, rows.sample, rows.visit).tolist() if self.seed is not None else [None] * len(rows.sample)
+        for i, (sample, seed) in enumerate(zip(rows.sample.tolist(), seeds)):
+            try:
+                decoded = self._decode(sample, seed)
+            except BadSample as error:
+                decoded, valid[i] = dict.fromkeys(self.decoders), False
+                bad.append((sample, error.cause))
+            for name, item in decoded.items():
+                items[name].append(item)
+        fields: dict[str, Tensor] = {name: decoder.collate(items[name]) for name, decoder in self.decoders.items()}
+        for name in self.masked:
+            fields[f"{name}.present"] = torch.tensor([item is not None for item in items[name]])
+        return Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid)), fields=fields, bad=tuple(bad))
+
+    def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
+        members = self.sources.members(sample)
+        out = {}
+        for name, decoder in self.decoders.items():
+            member = next((m for m in self.members[name] if m in members), None)
+            if member is None and not self._optional(name):
+                raise BadSample("missing_member", f"{name}: none of {', '.join(self.members[name])}")
+            out[name] = None if member is None else decoder(members[member], member.rsplit(".", 1)[-1], seed)
+        return out
