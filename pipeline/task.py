@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline import kernels
 from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives.base import ObjectiveConfig
@@ -72,7 +73,9 @@ class Task(nn.Module):
         if "scale" in features:
             seen["logit_scale"] = features["scale"].detach().squeeze()
         against = {f"{name}/{key}": rows for name, objective in self.objectives.items() for key, rows in objective.adversary_inputs.items()}
-        return StepOutput(loss, seen, against)
+        image, text = (features[name].detach() if name in features else None for name in ("image", "text"))
+        alike = image is not None and text is not None and image.ndim == 2 and image.shape == text.shape
+        return StepOutput(loss, seen, against, kernels.cosine(image, text) if alike else None)
 
     def _embed(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return {

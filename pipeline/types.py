@@ -37,9 +37,20 @@ class Batch:
             teacher={name: change(value) for name, value in self.teacher.items()},
         )
 
-    def take(self, rows: Tensor) -> "Batch":
-        """The rows that are trained; `rows` is int64 [k]."""
-        return self.map(lambda value: value[rows])
+    def take(self, rows: Tensor, features: dict[str, Tensor] | None = None) -> "Batch":
+        """The rows that are trained; `rows` is int64 [k].
+
+        `features` of all b rows (image and text [b, D], and a bool [b] `embedded` where not all rows have them) leave those of the
+        other rows in `unselected`: image, text and a bool `valid`, [b - k, ...].
+        """
+        taken = self.map(lambda value: value[rows])
+        if features is None:
+            return taken
+        chosen = torch.zeros(len(self), dtype=torch.uint8, device=rows.device).index_fill_(0, rows, 1)
+        rest = chosen.argsort(stable=True)[: len(self) - rows.shape[0]]  # a choice by mask would wait for the device
+        valid = self.valid & features["embedded"] if "embedded" in features else self.valid
+        left = {"image": features["image"], "text": features["text"], "valid": valid}
+        return replace(taken, unselected={name: value.detach()[rest] for name, value in left.items()})
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not wait."""
@@ -80,6 +91,7 @@ class StepOutput(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]  # detached, still on the device
     adversary: dict[str, Tensor]  # detached features for an adversary's own step; usually empty
+    cosine: Tensor | None = None  # float32 [k] of the trained rows, detached; None where the towers give no image and text of one width
 
 
 class Cached(NamedTuple):

@@ -57,6 +57,7 @@ class Trained(NamedTuple):
     loss: Tensor  # this rank's part, x world size
     terms: dict[str, Tensor]
     grad_norm: Tensor
+    cosine: Tensor | None = None  # float32 [k], see StepOutput
 
 
 class Engine:
@@ -95,17 +96,19 @@ class Engine:
                 f"(objectives.{learned[0]}); use engine.micro_batch=null, or zero.stage 1 or 2 without offload"
             )
 
-    def autocast(self) -> AbstractContextManager:
-        """The precision of every forward."""
-        return torch.autocast(self.device.type, self.config.dtype, enabled=self.config.precision != "fp32")
+    def autocast(self, dtype: torch.dtype | None = None) -> AbstractContextManager:
+        """The precision of a forward; None: the run's."""
+        dtype = dtype or self.config.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> dict[str, Tensor]:
-        """The scoring pass: eval mode, no graph, autocast. Leaves training state (BatchNorm, generators) as it is. Collective in stage 3."""
+    def features(self, batch: Batch, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The scoring pass: eval mode, no graph, autocast to `dtype` (None: the run's precision). Leaves
+        training state (BatchNorm, generators) as it is. Collective in stage 3."""
         self.forwards += 1
         self.raw.eval()
         try:
-            with self.untracked(), self.autocast():
+            with self.untracked(), self.autocast(dtype):
                 return self.raw(batch, "features")
         finally:
             self.raw.train()
@@ -130,7 +133,7 @@ class Engine:
         norm = self._update()
         self.raw.after_step()
         self.adversaries.train(out.adversary)
-        return Trained(out.loss.detach(), out.terms, norm)
+        return Trained(out.loss.detach(), out.terms, norm, out.cosine)
 
     def synchronised(self, last: bool) -> AbstractContextManager:
         """Around a forward and its backward: ranks exchange gradients on the last one of a step only (DDP; ZeRO is told in `backward`)."""
