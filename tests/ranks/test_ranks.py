@@ -99,15 +99,6 @@ def scores(run: Path, part: str) -> torch.Tensor:
     return torch.from_numpy(pq.read_table(last_checkpoint(run) / f"lanes-{part}.parquet")["score"].to_numpy().copy())
 
 
-def test_two_ranks_by_accelerate_launch_train_like_one(trained: Path, icons_small: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    out = tmp_path / "run"
-    command = [*launch, "--main_process_port", str(free_port()), "-m", "pipeline", *arguments(icons_small, out)]
-    done = command_line(command)
-    assert done.returncode == 0, done.stderr
-    assert_same_choices(trained, out)
-
-
 def test_a_launch_that_would_train_in_one_process_only_is_refused(icons_small: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
     done = command_line([*launch, "-m", "pipeline", *arguments(icons_small, tmp_path / "run")])
