@@ -1,10 +1,12 @@
-"""Linear probe: how much of the classes a straight line finds in frozen image features."""
+"""Recognition: a classifier's own answers, and a linear probe, how much of the classes a straight line finds in frozen image features."""
 
 import warnings
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -52,4 +54,26 @@ def linear_probe(
         "test_images": len(test),
         "classes_available": len(large),
         "converged": not any(issubclass(w.category, ConvergenceWarning) for w in caught),
+    }
+
+
+def recognition(logits: Tensor, labels: Tensor) -> dict:
+    """How often a classifier is right. `logits` float [n, C] (or probabilities), `labels` int64 [n], those below 0 are left out.
+
+    Returns shares in [0, 1]: `accuracy`; `macro_f1`, the F1 of each class that occurs or is named, averaged; `majority`, what the commonest
+    class alone would score; and `rows`, `classes` (C). Raises ValueError for features that are not finite or when no row has a label.
+    """
+    known = labels >= 0
+    scores, wanted = logits.detach().float().cpu()[known.cpu()], labels.cpu()[known.cpu()]
+    if not len(wanted):
+        raise ValueError("no row has a label; recognition needs shards whose json or cls members hold classes, and data.classes")
+    if bad := int((~torch.isfinite(scores)).any(1).sum()):
+        raise ValueError(f"{bad} of {len(scores)} rows of logits are not finite; the weights or the inputs are broken")
+    named = scores.argmax(1)
+    return {
+        "accuracy": float((named == wanted).float().mean()),
+        "macro_f1": float(f1_score(wanted.numpy(), named.numpy(), average="macro", zero_division=0)),
+        "majority": float(torch.bincount(wanted).max() / len(wanted)),
+        "rows": len(wanted),
+        "classes": scores.shape[1],
     }

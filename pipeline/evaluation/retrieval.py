@@ -36,6 +36,29 @@ def retrieval(images: Tensor, texts: Tensor, image_text: Sequence[Sequence[int]]
     }
 
 
+def class_retrieval(
+    queries: Tensor, gallery: Tensor, query_labels: Tensor, gallery_labels: Tensor, *, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Recall at k of a row of the same class, by cosine; held-out queries against a gallery of training rows, whose labels need not have
+    been trained on (the protocol of video retrieval: Xia et al., Robust Cross-modal KD, 2023).
+
+    `queries` float [n, D], `gallery` float [m, D], labels int64 [n] and [m]; rows below 0 are left out. Returns `r1`, `r5`, `r10` in [0, 1],
+    `map` (mean average precision over the whole gallery) and `queries`, `gallery`. Raises ValueError for features that are not finite or an empty side.
+    """
+    asked, there = query_labels >= 0, gallery_labels >= 0
+    if not asked.any() or not there.any():
+        raise ValueError("no labelled query, or no labelled row in the gallery; retrieval by class needs labels on both sides")
+    scores = unit(queries[asked]) @ unit(gallery[there]).T
+    right = query_labels[asked][:, None] == gallery_labels[there][None]
+    # equal scores are read against the model, as in `ranks`: of rows that score the same the wrong ones come first
+    order = (scores / _TIE).round().mul(2).sub(right.float()).double().argsort(1, descending=True)
+    hits = right.gather(1, order).double()
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    average = (precision * hits).sum(1) / hits.sum(1).clamp_min(1)
+    found = {f"r{k}": hits[:, :k].amax(1).mean().item() for k in ks}
+    return found | {"map": average.mean().item(), "queries": int(asked.sum()), "gallery": int(there.sum())}
+
+
 def ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
     """How many wrong candidates come before each query's best right one, ties counted as before it.
 

@@ -1,4 +1,4 @@
-"""Several modalities in one feature: an encoder for each, fused late by concatenation and an MLP, or by a gate. The usual teacher."""
+"""Several modalities in one feature: an encoder for each, fused late by concatenation and an MLP, by a gate, or as an ensemble (UME)."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,15 @@ InputField = component("pipeline.towers", TowerConfig)
 
 
 class Config(TowerConfig):
-    """`inputs`: towers of one field each (image, audio, text), by a name of their own. `fuse`: concat or gate."""
+    """`inputs`: towers of one field each (image, audio, text), by a name of their own.
+
+    `fuse: ensemble` is UME (Du et al., ICML 2023): nothing is learnt jointly. Each input has logits of its own, to be trained by an
+    objective of its own (`feature: line.logits`); `logits` are the log of the mean probability, `embedding` is all inputs' side by side.
+    """
 
     inputs: dict[str, InputField] = Field(min_length=1)
-    fuse: Literal["concat", "gate"] = "concat"
-    hidden: int = Field(128, ge=1, description="units of the fusing MLP's hidden layer")
+    fuse: Literal["concat", "gate", "ensemble"] = "concat"
+    hidden: int = Field(128, ge=1, description="units of the fusing MLP's hidden layer; an ensemble has none")
     embed_dim: int = Field(128, ge=1)
     classes: int | None = Field(None, ge=2, description="adds logits of as many classes, a linear map of the embedding")
 
@@ -31,6 +35,17 @@ class Config(TowerConfig):
                 raise ValueError(f"inputs.{name}: {tower.name} gives no embedding of one field; expected image, audio or text")
             if "." in name:
                 raise ValueError(f"inputs.{name}: a name without a dot is expected, it becomes part of the features' names")
+        return self
+
+    @model_validator(mode="after")
+    def _an_ensemble_of_classifiers(self) -> "Config":
+        if self.fuse != "ensemble":
+            return self
+        wrong = [name for name, tower in self.inputs.items() if tower.classes != self.classes or self.classes is None]
+        if wrong:
+            raise ValueError(f"fuse: ensemble averages probabilities: set classes, and the same in inputs {', '.join(wrong)}")
+        if self.embed_dim != (total := sum(tower.embed_dim for tower in self.inputs.values())):
+            raise ValueError(f"fuse: ensemble lays the inputs' embeddings side by side: embed_dim must be {total}, found {self.embed_dim}")
         return self
 
     def reads(self) -> tuple[str, ...]:
@@ -61,13 +76,14 @@ class Fusion(Tower):
         widths = {name: tower.embed_dim for name, tower in config.inputs.items()}
         total = sum(widths.values()) + len(widths)  # with a flag for each that says whether it is there
         self.mlp = self.gate = self.maps = None
+        self.ensemble = config.fuse == "ensemble"
         if config.fuse == "concat":
             self.mlp = nn.Sequential(nn.Linear(total, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.embed_dim))
-        else:
+        elif config.fuse == "gate":
             self.gate = nn.Sequential(nn.Linear(total, config.hidden), nn.GELU(), nn.Linear(config.hidden, len(widths)))
             self.maps = nn.ModuleDict({name: nn.Linear(width, config.embed_dim) for name, width in widths.items()})
         self.widths = widths
-        self.head = nn.Linear(config.embed_dim, config.classes) if config.classes else None
+        self.head = nn.Linear(config.embed_dim, config.classes) if config.classes and not self.ensemble else None
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         some = next((fields[tower.field] for tower in self.inputs.values() if tower.field in fields), None)
@@ -80,12 +96,22 @@ class Fusion(Tower):
             embeddings[name] = given.get("embedding", torch.zeros(len(some), self.widths[name], device=some.device))
             flags.append(present(tower.field, fields, mask) if given else torch.zeros(len(some), 1, device=some.device))
         there = torch.cat(flags, 1)
+        if self.ensemble:
+            return out | {"embedding": torch.cat([*embeddings.values()], 1), "logits": self._mean(out, there)}
         fused = self._fuse(embeddings, there)
         any_there = there.amax(1, keepdim=True)
         out["embedding"] = fused.float() * any_there
         if self.head is not None:
             out["logits"] = self.head(fused).float() * any_there
         return out
+
+    def _mean(self, out: dict[str, Tensor], there: Tensor) -> Tensor:
+        """[b, classes]: the log of the mean probability over the modalities that a row has."""
+        names = [name for name in self.inputs if f"{name}.logits" in out]
+        shares = [there[:, place] for place, name in enumerate(self.inputs) if name in names]
+        said = [out[f"{name}.logits"].log_softmax(1) + share.clamp_min(1e-30).log()[:, None] for name, share in zip(names, shares)]
+        mean = torch.stack(said).logsumexp(0) - sum(shares).clamp_min(1)[:, None].log()
+        return mean * there.amax(1, keepdim=True)
 
     def _fuse(self, embeddings: dict[str, Tensor], there: Tensor) -> Tensor:
         """[b, embed_dim]; `there` float32 [b, inputs]."""

@@ -153,6 +153,7 @@ FUSION = {
     "embed_dim": 14,
     "classes": 2,
 }
+JUDGES = {"ear": AUDIO | {"classes": 2}, "eye": LINE | {"classes": 2}}
 KINDS = {
     "audio conv": AUDIO | {"classes": 2},
     "audio vit": AUDIO | {"arch": "vit", "width": 16, "patch": 8},
@@ -163,6 +164,13 @@ KINDS = {
     "text": TEXT | {"classes": 2},
     "concat": FUSION,
     "gate": FUSION | {"fuse": "gate"},
+    "ensemble": {
+        "name": "fusion",
+        "fuse": "ensemble",
+        "inputs": JUDGES,
+        "embed_dim": sum(j["embed_dim"] for j in JUDGES.values()),
+        "classes": 2,
+    },
 }
 
 
@@ -221,9 +229,24 @@ def test_an_absent_modality_changes_nothing(built: tuple) -> None:
     assert made({}) == {}
 
 
+def test_an_ensemble_is_the_mean_over_what_a_row_has(batch: Batch, tmp_path: Path) -> None:
+    config = tower(**KINDS["ensemble"])
+    decoders(tmp_path, config)
+    out = config.build(tmp_path).eval()(batch.fields)
+    there = torch.stack([batch.fields.get(f"{field}.present", torch.ones(8)).float() for field in config.reads()])
+    each = torch.stack([out[f"{name}.logits"].softmax(1) for name in JUDGES])
+    wanted = (each * there[:, :, None]).sum(0) / there.sum(0).clamp_min(1)[:, None]
+    some = there.any(0)
+    assert some.any() and torch.allclose(out["logits"][some].exp(), wanted[some], atol=1e-6) and not out["logits"][~some].any()
+
+
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="inputs.a: linear gives no embedding of one field"):
         tower(name="fusion", inputs={"a": {"name": "linear"}})
+    with pytest.raises(ConfigError, match="the same in inputs word"):
+        tower(name="fusion", fuse="ensemble", inputs=JUDGES | {"word": TEXT}, classes=2)
+    with pytest.raises(ConfigError, match="embed_dim must be"):
+        tower(name="fusion", fuse="ensemble", inputs=JUDGES, embed_dim=5, classes=2)
     with pytest.raises(ConfigError, match="unknown arch 'resnet5'"):
         tower(**LINE | {"arch": "resnet5"}).build(tmp_path)
     config = tower(**FUSION)
