@@ -75,6 +75,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it."""
     from pipeline.data.sources import Sources
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
+    from pipeline.evaluation.student import classifies, measure_student
     from pipeline.run import TrainedRun
 
     began = time.perf_counter()
@@ -85,16 +86,19 @@ def evaluate(args: argparse.Namespace) -> int:
     config = run.config.evaluation.model_copy(update=given)
     sources = Sources.open(run.config.data)
     result: dict[str, Any] = {}
-    if config.data:
+    examples = None
+    if config.data and classifies(run.config.towers):
+        result = measure_student(run, config.data, batch=config.batch, workers=config.workers)
+    elif config.data:
         held = HeldOut.open(config, run.config.data, lambda: set(sources.captions()))
         result, examples = measure(held, config, run.decoders, run.encode, run.device)
-        (run.folder / "evaluation").mkdir(exist_ok=True)
+    (run.folder / "evaluation").mkdir(exist_ok=True)
     if args.data:
         name = "".join(c if c.isalnum() else "-" for c in args.data).strip("-")
         (run.folder / "evaluation" / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(json.dumps(result, indent=1))
         return 0
-    if config.data:
+    if examples is not None:
         (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     quality = judge_selection(run.folder, sources, [s.url for s in run.config.data.sources], run.config.selector.warmup_visits)
     facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ from pipeline.data.sources import Sources
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch
 
+_LABELS = 0x6C6162656C  # keeps the draw of labels apart from that of the augmentation
+
 
 class Fetch(Dataset):
     """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer."""
@@ -64,6 +66,9 @@ class Fetch(Dataset):
         fields: dict[str, Tensor] = {name: decoder.collate(items[name]) for name, decoder in self.decoders.items()}
         for name in self.masked:
             fields[f"{name}.present"] = torch.tensor([item is not None for item in items[name]])
+        if self.seed is not None and self.sources.classes is not None and self.sources.labelled < 1:
+            hidden = hash_ids(self.seed, _LABELS, rows.sample) >= self.sources.labelled * 2**63
+            fields["label"] = fields["label"].masked_fill(torch.from_numpy(hidden), -1)
         return Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid)), fields=fields, bad=tuple(bad))
 
     def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:

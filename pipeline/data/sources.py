@@ -47,6 +47,9 @@ class DataConfig(Strict):
         None,
         description="names, or number, of the classes: adds the field label, read from json or cls members; -1 where a sample has none",
     )
+    labelled: float = Field(
+        1.0, gt=0, le=1, description="share of the training samples whose label is shown, drawn by the run's seed; the others have label -1"
+    )
     batch: int = Field(ge=1, description="candidate rows of one step, all ranks together")
     lanes: int | None = Field(None, ge=1, description="None: the largest power of two that divides the batch, at most 1,024")
     groups: int = Field(8, ge=1, description="selection groups; top-k is taken inside each")
@@ -72,7 +75,7 @@ class Sources:
 
     def __init__(self, indices: list[Index], readers: list[Reader], weights: list[float | None], config: DataConfig) -> None:
         self.indices, self.readers = indices, readers
-        self.modalities, self.classes = config.modalities, config.classes
+        self.modalities, self.classes, self.labelled = config.modalities, config.classes, config.labelled
         self.shapes = [SourceShape(i.shard_start, w if w is not None else float(i.num_samples)) for i, w in zip(indices, weights)]
         self.bases = np.cumsum([0] + [index.num_samples for index in indices])
 

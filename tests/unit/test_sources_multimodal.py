@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,14 @@ def test_openmoji_splits_share_no_motif() -> None:
 def test_icon_weights_are_of_one_drawing_and_split_by_name(tmp_path: Path) -> None:
     assert "licence MIT; thin, regular, fill, duotone of 1248 names" in make("icon_weights", tmp_path, "--limit", 30, "--split", "test")
     for one in samples(tmp_path):
-        assert set(one) == {"thin.png", "regular.png", "fill.png", "duotone.png", "txt"}
+        assert set(one) == {"thin.png", "regular.png", "fill.png", "duotone.png", "txt", "json"}
+        first, label = one["txt"].decode().split()[0], json.loads(one["json"])
+        assert label == ({"label": icon_weights.FAMILIES.index(first), "class": first} if first in icon_weights.FAMILIES else {})
         thin, regular, duotone = (grey(one[f"{weight}.png"]) for weight in ("thin", "regular", "duotone"))
         assert thin.shape == (64, 64) and thin.mean() > regular.mean() >= duotone.mean() - 1
         assert (duotone - regular > 60).mean() < 0.1  # duotone is regular and a tint below it
+    families = Counter(name.split()[0] for found in icon_weights.drawings("phosphor", ("thin", "fill")).values() for name, _ in found)
+    assert sorted(name for name, count in families.items() if count >= 12) == list(icon_weights.FAMILIES)
     for pack, count in (("phosphor", 1248), ("material_icons", 1293)):
         found = icon_weights.drawings(pack, tuple(icon_weights.DEFAULT[pack].split(",")))
         assert sum(map(len, found.values())) == count

@@ -146,6 +146,19 @@ def test_another_label_set_is_an_error(shards: Path, tmp_path: Path, classes: ob
     assert isinstance(found, DataError) and said in str(found) and "stats.json" in str(found)
 
 
+def test_a_share_of_the_labels_is_shown_the_same_in_every_batch_and_all_of_them_in_evaluation(shards: Path, tmp_path: Path) -> None:
+    made = decoders(tmp_path, tower(**LINE))
+    given = {"modalities": {"line": {"optional": True}}}
+    every = fetch(shards, made, seed=None, labelled=0.5, **given)[rows()].fields["label"]
+    assert every.equal(fetch(shards, made, **given)[rows()].fields["label"])
+    drawn = [fetch(shards, made, seed=seed, labelled=0.5, **given)[rows()].fields["label"] for seed in range(8)]
+    assert all((label[label >= 0] == every[label >= 0]).all() for label in drawn)
+    assert 0.25 < torch.stack(drawn)[:, every >= 0].ge(0).float().mean() < 0.75 and any(not label.equal(drawn[0]) for label in drawn)
+    one = fetch(shards, made, seed=0, labelled=0.5, **given)
+    later = one[Rows(np.arange(3, 6), np.arange(3), np.full(3, 7))].fields["label"]
+    assert later.equal(drawn[0][3:6])
+
+
 FUSION = {
     "name": "fusion",
     "inputs": {"ear": AUDIO, "eye": LINE | {"classes": 2}, "word": TEXT},
