@@ -19,8 +19,15 @@ from pipeline.data.errors import BadSample, DataError
 from tools.sources.base import Pair, Plan
 from tools.sources.base import Source as Base
 
-# Split by artist, never at random: renderings of one drawing would leak.
-PACKS = {"train": ("phosphor", "mdi", "material_icons", "lucide"), "test": ("font_awesome", "heroicons")}
+# Split by artist, never at random: renderings of one drawing would leak. Whatever is chosen by its accuracy is chosen on fit and choose,
+# so that the artists of test are only ever reported.
+PACKS = {
+    "train": ("phosphor", "mdi", "material_icons", "lucide"),
+    "test": ("font_awesome", "heroicons"),
+    "fit": ("phosphor", "mdi", "material_icons"),
+    "choose": ("lucide",),
+}
+_TOGETHER = {"train": ("train", "test"), "test": ("train", "test"), "fit": ("fit", "choose"), "choose": ("fit", "choose")}
 _STYLES = {"mdi": ("-outline",), "material_icons": ("-outline", "-outlined", "-filled")}
 _INSTALL = "Install it with pip install 'dissect-pipeline[demo]'"
 
@@ -38,10 +45,15 @@ class Source(Base):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--split", choices=sorted(PACKS), default="train", help="which artists: the split is by artist (default train)")
+        parser.add_argument(
+            "--split",
+            choices=sorted(PACKS),
+            default="train",
+            help="which artists: the split is by artist (default train); fit and choose divide those of train",
+        )
         parser.add_argument("--size", type=int, default=64, help="side of the square images in pixels (default 64)")
         parser.add_argument(
-            "--min-count", type=int, default=0, help="only names drawn at least this often in the train split (default: all)"
+            "--min-count", type=int, default=0, help="only names drawn at least this often in the split that is trained on (default: all)"
         )
         parser.add_argument(
             "--shared", action="store_true", help="only names that artists of both splits draw: a closed vocabulary for zero-shot"
@@ -53,7 +65,7 @@ class Source(Base):
         self.shared = options.shared
         if self.size < 1:
             raise DataError(f"--size {self.size}: expected a number of pixels of at least 1")
-        for pack in PACKS[self.split] + PACKS["train"]:
+        for pack in (pack for split in _TOGETHER[self.split] for pack in PACKS[split]):
             _folder(pack)
         if importlib.util.find_spec("resvg_py") is None:
             raise DataError(f"package resvg-py, which draws the icons, is not installed. {_INSTALL}")
@@ -72,8 +84,9 @@ class Source(Base):
 
     def plan(self, seed: int, captions: bool, window: int) -> Plan:
         every = icons(self.split)
-        counts = Counter(icon.name for icon in icons("train")) if self.min_count else Counter()
-        both = {icon.name for icon in icons("train")} & {icon.name for icon in icons("test")} if self.shared else set()
+        trained, held_out = (icons(split) for split in _TOGETHER[self.split])
+        counts = Counter(icon.name for icon in trained) if self.min_count else Counter()
+        both = {icon.name for icon in trained} & {icon.name for icon in held_out} if self.shared else set()
         rows = np.array(
             [
                 row
