@@ -1,5 +1,7 @@
-"""The smallest pair of towers that learns: one linear map of the pixels, one mean of token embeddings. For debugging and tests."""
+"""The smallest pair of towers that learns: one linear map of the pixels, one mean of token embeddings. For debugging, tests and grids of
+many runs."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -18,6 +20,9 @@ class Config(TowerConfig):
 
     image_size: int = Field(16, ge=1)
     width: int = Field(32, ge=2)
+    hidden: int = Field(
+        0, ge=0, description="units of each of two hidden layers under the image's linear map; 0: none. They can memorise pairs"
+    )
     context: int = Field(12, ge=4)
     vocab_size: int = Field(1024, ge=300)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -46,7 +51,10 @@ class Linear(Tower):
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
-        self.image = nn.Linear(3 * config.image_size**2, config.width)
+        sizes = [3 * config.image_size**2, *[config.hidden] * (2 if config.hidden else 0)]
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.GELU())]
+        last = nn.Linear(sizes[-1], config.width)
+        self.image = nn.Sequential(*layers, last) if layers else last
         self.text = nn.EmbeddingBag(vocab_size, config.width, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))

@@ -1,0 +1,126 @@
+"""The grid of benchmarks/selection.py as text and as plots."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("top1", "t2i_r1", "precision", "auc", "never_clean", "trained", "cost", "cpu_seconds")
+DIGITS = {"auc": 3, "trained": 0, "cost": 0, "cpu_seconds": 0}
+
+
+def groups(cells: Iterable[dict[str, Any]]) -> dict[tuple[str, float, str], dict[int, dict[str, Any]]]:
+    """(set, rate, selector) -> seed -> cell. A row that trains everything belongs to every rate of its set."""
+    cells = list(cells)
+    rates = {name: sorted({c["rate"] for c in cells if c["set"] == name}) for name in {c["set"] for c in cells}}
+    seen = defaultdict(set)
+    for cell in cells:
+        seen[cell["set"], cell["selector"]].add(cell["rate"])
+    found: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for cell in cells:
+        everywhere = len(seen[cell["set"], cell["selector"]]) == 1
+        for rate in rates[cell["set"]] if everywhere else [cell["rate"]]:
+            found[cell["set"], rate, cell["selector"]][cell["seed"]] = cell
+    return dict(sorted(found.items()))
+
+
+def mean_spread(values: Iterable[float | None]) -> tuple[float, float, int]:
+    """Mean, standard deviation over seeds (NaN for one), how many; None is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return math.nan, math.nan, 0
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else math.nan, len(known)
+
+
+def paired(one: dict[int, dict], other: dict[int, dict], key: str = "top1") -> tuple[float, float, list[float]]:
+    """Mean difference seed by seed, its standard error, and the differences: initial weights, noise and order are the same in both."""
+    seeds = sorted(set(one) & set(other))
+    differences = [one[s][key] - other[s][key] for s in seeds if one[s][key] is not None and other[s][key] is not None]
+    mean, spread, count = mean_spread(differences)
+    return mean, spread / math.sqrt(count) if count > 1 else math.nan, differences
+
+
+def verdicts(result: dict[str, Any], key: str = "top1") -> list[dict[str, Any]]:
+    """Each of our rows against every other of its set and rate, the worst first: loses (below by two standard errors), ties, wins."""
+    found, ours = groups(result["cells"]), set(result["grid"]["ours"])
+    told = []
+    for (name, rate, selector), mine in found.items():
+        if selector not in ours:
+            continue
+        others = {other: cells for (n, r, other), cells in found.items() if (n, r) == (name, rate) and other not in ours}
+        for other, theirs in others.items():
+            difference, error, each = paired(mine, theirs, key)
+            if each:
+                verdict = "loses" if difference < -2 * error else "wins" if difference > 2 * error else "ties"
+                values = {"set": name, "rate": rate, "ours": selector, "other": other, "difference": difference, "error": error}
+                told.append(values | {"wins": sum(d > 0 for d in each), "of": len(each), "verdict": verdict})
+    order = {"loses": 0, "ties": 1, "wins": 2}
+    return sorted(told, key=lambda row: (order[row["verdict"]], row["difference"]))
+
+
+def text(result: dict[str, Any]) -> str:
+    """Markdown: what ours loses, ties and wins, then one table for each set and rate, best top-1 first."""
+    lines = ["Ours against the others, paired by seed, top-1 in points; losses and ties first", ""]
+    lines += ["| set | rate | ours | other | difference | seeds ahead | |", "|---|---|---|---|---|---|---|"]
+    for row in verdicts(result):
+        lines.append(
+            f"| {row['set']} | {row['rate']:g} | {row['ours']} | {row['other']} | {row['difference']:+.2f} ± {row['error']:.2f} "
+            f"| {row['wins']} of {row['of']} | {row['verdict']} |"
+        )
+    found = groups(result["cells"])
+    for name, rate in dict.fromkeys((name, rate) for name, rate, _ in found):
+        rows = {selector: cells for (n, r, selector), cells in found.items() if (n, r) == (name, rate)}
+        lines += ["", f"{name}, rate {rate:g}: mean ± standard deviation over seeds", ""]
+        lines += ["| selector | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+        for selector, seeds in sorted(rows.items(), key=lambda item: -mean_spread(c["top1"] for c in item[1].values())[0]):
+            lines.append(f"| {selector} | {len(seeds)} | " + " | ".join(_cell(seeds, key) for key in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def _cell(seeds: dict[int, dict], key: str) -> str:
+    mean, spread, count = mean_spread(cell[key] for cell in seeds.values())
+    digits = DIGITS.get(key, 1)
+    return "" if not count else f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if count > 1 and spread >= 0.5 * 10**-digits else "")
+
+
+def plots(result: dict[str, Any], folder: Path) -> None:
+    """selection_<set>.svg: accuracy against trained samples, cost and CPU seconds, with the standard error; and precision, AUC, coverage."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "selection"  # the same bytes from the same figures
+    folder.mkdir(parents=True, exist_ok=True)
+    found = groups(result["cells"])
+    panels = [
+        ("trained", "top1", "pairs trained", "top-1 %"),
+        ("cost", "top1", "thousand forwards (scored + 3 x trained)", ""),
+        ("cpu_seconds", "top1", "CPU seconds of training", ""),
+        ("precision", "top1", "clean share of kept pairs %", ""),
+        ("never_clean", "top1", "clean pairs never selected %", ""),
+    ]
+    for name in dict.fromkeys(name for name, _, _ in found):
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), sharey=True, layout="constrained")
+        for number, ((_, rate, selector), seeds) in enumerate((key, cells) for key, cells in found.items() if key[0] == name):
+            for axis, (x, y, *_labels) in zip(axes, panels):
+                _point(axis, seeds, x, y, f"{selector} {rate:g}", number)
+        for axis, (_, _, label, up) in zip(axes, panels):
+            axis.set_xlabel(label)
+            axis.set_ylabel(up)
+            axis.grid(alpha=0.3)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+        figure.suptitle(name)
+        figure.savefig(folder / f"selection_{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _point(axis: Any, seeds: dict[int, dict], x: str, y: str, label: str, number: int) -> None:
+    (across, _, known), (up, spread, count) = (mean_spread(cell[key] for cell in seeds.values()) for key in (x, y))
+    if known and count:
+        marker: Callable[[int], str] = "osD^vP*X<>hp".__getitem__
+        error = spread / math.sqrt(count) if count > 1 else None
+        axis.errorbar(across, up, yerr=error, fmt=marker(number % 12), markersize=6, capsize=2, label=label)

@@ -1,0 +1,60 @@
+"""One function over many items as a job array: what a benchmark needs of Slurm, with the cluster files of training runs."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, load
+
+POLL_S = 5.0
+
+
+def run_array(function: Callable[[Any], Any], items: Sequence[Any], folder: Path, cluster: str, executor: str = "slurm") -> Iterator[Any]:
+    """Yields `function(item)` of each item as its job ends. Waits; one task a job, whatever the cluster file asks for training.
+
+    `function` is pickled, so it lives in a module that the nodes can import: the checkout has to be on a file system they share.
+    `executor` local runs the jobs on this machine. Raises ConfigError where a job failed, after all others have ended.
+    """
+    import submitit
+
+    from slurm.cluster import ClusterConfig, clean_environment
+
+    asked = load(ClusterConfig, cluster, ["nodes=1", "tasks_per_node=1"])
+    if executor == "slurm":
+        engine = submitit.SlurmExecutor(folder)
+        wanted = (
+            "job_name",
+            "time",
+            "nodes",
+            "ntasks_per_node",
+            "cpus_per_task",
+            "array_parallelism",
+            "partition",
+            "account",
+            "qos",
+            "constraint",
+        )
+        given = asked.slurm(folder.parent.name, folder)
+        root = Path(__file__).resolve().parents[1]
+        setup = [f"cd {root}", f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}", *asked.setup]
+        engine.update_parameters(**{key: given[key] for key in wanted if key in given}, setup=setup, stderr_to_stdout=True, wckey=None)
+    else:
+        engine = submitit.LocalExecutor(folder)
+        engine.update_parameters(timeout_min=asked.minutes, stderr_to_stdout=True)
+    with clean_environment(), engine.batch():
+        jobs = [engine.submit(function, item) for item in items]
+    waiting, failed = list(jobs), []
+    while waiting:
+        for job in [job for job in waiting if job.done()]:
+            waiting.remove(job)
+            if (trouble := job.exception()) is None:
+                yield job.result()
+            else:
+                failed.append(f"job {job.job_id}: {str(trouble).strip().splitlines()[-1]} (its log: {job.paths.stdout})")
+        if waiting:
+            time.sleep(POLL_S)
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(jobs)} jobs failed; start the same command again for these alone. " + "; ".join(failed[:3])
+        )

@@ -1,0 +1,84 @@
+"""The grid benchmark's own arithmetic: which cells there are, which are finished, and what is told first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.selection import Cell, Grid, cells, finished, in_processes, matched
+from benchmarks.selection_tables import groups, paired, plots, text, verdicts
+from pipeline.config import load, parse
+
+ROOT = Path(__file__).parents[2]
+GRID = {
+    "config": "c.yaml",
+    "out": "out",
+    "sets": {"a": [], "b": []},
+    "selectors": {"full": ["selector.name=keep_all"], "random": ["selector.name=random"], "blend": ["selector.name=blend"]},
+    "ours": ["blend"],
+    "whole": ["full"],
+    "rates": [0.2, 0.5],
+    "seeds": [0, 1],
+    "matched": {"random": "blend"},
+}
+
+
+def done(cell: Cell, top1: float, seconds: float = 10.0) -> dict[str, Any]:
+    """What a cell leaves."""
+    numbers = dict.fromkeys(("t2i_r1", "precision", "never_clean", "cost"), 50.0)
+    return cell._asdict() | {"top1": top1, "auc": None, "trained": 1000, "cpu_seconds": seconds, "digest": cell.digest} | numbers
+
+
+def test_a_grid_has_every_cell_once_and_whole_rows_at_one_rate() -> None:
+    grid = parse(Grid, GRID, "here")
+    found = cells(grid)
+    assert len(found) == len({cell.folder for cell in found}) == 2 * 2 * (1 + 2 + 2)
+    assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)  # whole seeds first
+    assert "selector.rate=0.2" in found[1].overrides and found[1].overrides[-1] == "seed=0"
+
+
+def test_a_finished_cell_is_kept_and_one_with_other_settings_is_not(tmp_path: Path) -> None:
+    cell = cells(parse(Grid, GRID | {"out": str(tmp_path)}, "here"))[0]
+    assert finished(cell) is None
+    Path(cell.folder).mkdir(parents=True)
+    (Path(cell.folder) / "cell.json").write_text(json.dumps(done(cell, 5.0)), encoding="utf-8")
+    assert finished(cell)["top1"] == 5.0
+    assert finished(cell._replace(overrides=[*cell.overrides, "visits=3"])) is None
+
+
+def test_a_matched_row_gets_the_visits_that_the_median_ratio_buys() -> None:
+    grid = parse(Grid, GRID, "here")
+    seconds = {"blend": (15.0, 30.0), "random": (10.0, 10.0), "full": (20.0, 20.0)}
+    ran = [done(cell, 1.0, seconds[cell.selector][cell.seed]) for cell in cells(grid)]
+    more = matched(grid, ran, visits=16)
+    assert {cell.selector for cell in more} == {"random+time"} and len(more) == 2 * 2 * 2
+    assert all("visits=36.0" in cell.overrides for cell in more)  # the median of 1.5 and 3
+
+
+def test_losses_come_first_then_ties_and_everything_is_paired_by_seed(tmp_path: Path) -> None:
+    grid = GRID | {"seeds": [0, 1, 2], "rates": [0.5], "sets": {"a": []}, "matched": {}}
+    tops = {"full": (9.0, 9.1, 8.9), "random": (5.0, 7.0, 6.1), "blend": (6.0, 6.5, 6.0)}
+    result = {"grid": grid, "cells": [done(cell, tops[cell.selector][cell.seed]) for cell in cells(parse(Grid, grid, "here"))]}
+    told = verdicts(result)
+    assert [(row["other"], row["verdict"]) for row in told] == [("full", "loses"), ("random", "ties")]
+    found = groups(result["cells"])
+    mean, error, each = paired(found["a", 0.5, "blend"], found["a", 0.5, "random"])
+    assert each == pytest.approx([1.0, -0.5, -0.1]) and mean == pytest.approx(0.4 / 3) and error == pytest.approx(0.7767 / 3**0.5, abs=1e-4)
+    page = text(result)
+    assert page.index("| loses |") < page.index("| ties |") < page.index("| full | 3 |")
+    plots(result, tmp_path)
+    assert (tmp_path / "selection_a.svg").stat().st_size > 5000
+
+
+def test_the_grids_that_are_shipped_can_be_read() -> None:
+    for path in sorted((ROOT / "benchmarks" / "grids").glob("*.yaml")):
+        grid = load(Grid, path)
+        assert set(grid.matched) | set(grid.matched.values()) | set(grid.ours) | set(grid.whole) <= set(grid.selectors), path
+
+
+@pytest.mark.slow
+def test_processes_say_which_run_failed_and_why(tmp_path: Path) -> None:
+    cell = Cell("a", "random", 0.5, 0, str(tmp_path / "none.yaml"), str(tmp_path / "run"), [])
+    with pytest.raises(RuntimeError, match=r"ended with 2:\n(.|\n)*none.yaml"):
+        list(in_processes([cell], 1))
