@@ -14,7 +14,7 @@ from pipeline.data.errors import DataError
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    registries = {name: ", ".join(names_in(f"pipeline.{name}")) for name in ("towers", "selection", "objectives")}
+    registries = {name: ", ".join(names_in(f"pipeline.{name}")) for name in ("towers", "selection", "objectives", "teachers")}
     known = "\n".join(f"  {name}: {names}" for name, names in registries.items())
     top = argparse.ArgumentParser(
         prog="python -m pipeline",

@@ -10,14 +10,15 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import ConfigError, Strict, component, digest, dump, load, to_yaml
+from pipeline.config import ConfigError, Strict, component, digest, dump, load, to_yaml, unknown
 from pipeline.data.decode import Decoder
 from pipeline.data.fetch import Fetch
+from pipeline.data.fields import join
 from pipeline.data.lanes import Layout, layout
 from pipeline.data.loader import DataModule
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed import checkpoint
-from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
+from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.comm import Comm, LocalComm
 from pipeline.distributed.engine import Engine, EngineConfig
 from pipeline.distributed.launch import describe_device, start
@@ -31,13 +32,16 @@ from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
 from pipeline.selection.groups import GroupSelector
 from pipeline.task import Task, check_wiring
+from pipeline.teachers.base import TeacherConfig, Teachers
 from pipeline.towers.base import TowerConfig, TowerData
 from pipeline.trainer import Trainer
 from pipeline.types import Batch
+from pipeline.weights import InitFrom, weights_file
 
 TowerField = component("pipeline.towers", TowerConfig)
 ObjectiveField = component("pipeline.objectives", ObjectiveConfig)
 SelectorField = component("pipeline.selection", SelectorConfig)
+TeacherField = component("pipeline.teachers", TeacherConfig)
 
 # may differ between the runs of one folder: they change neither the samples, nor the choices, nor the weights
 FREE = (
@@ -70,6 +74,8 @@ class RunConfig(Strict):
     towers: dict[str, TowerField]
     objectives: dict[str, ObjectiveField]
     selector: SelectorField
+    teachers: dict[str, TeacherField] = Field(default_factory=dict, description="frozen; their features are read as <teacher>.<feature>")
+    init_from: InitFrom | None = Field(None, description="initial weights of towers, from another run")
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -82,6 +88,13 @@ class RunConfig(Strict):
     def _one_length(self) -> "RunConfig":
         if (self.steps is None) == (self.visits is None):
             raise ValueError("give either steps or visits")
+        return self
+
+    @model_validator(mode="after")
+    def _known_towers(self) -> "RunConfig":
+        for name in self.init_from.towers if self.init_from else ():
+            if name.split(".")[0] not in self.towers:
+                raise ValueError(f"init_from.towers: {unknown('tower', name.split('.')[0], self.towers)}")
         return self
 
     def num_steps(self, num_samples: int) -> int:
@@ -97,6 +110,7 @@ class RunConfig(Strict):
             for part in parents:
                 place = place[part]
             place.pop(last)
+        del values["teachers"]  # the digests of what they are decide; a folder may move
         values["data"]["weights"] = [source.weight for source in self.data.sources]  # shards may move, their shares decide the order
         return values
 
@@ -119,21 +133,26 @@ def open_run(config: RunConfig, comm: Comm) -> Lock | None:
 
 def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     """The trainer of a configuration, at the step its folder has reached. Collective. Raises ConfigError, DataError, CheckpointError."""
-    check_wiring(config.towers, config.objectives)
+    check_wiring(config.towers, config.objectives, config.teachers, config.data)
     folder = Path(config.out)
     accelerator, comm = start(config.engine, folder, config.record.trackers)
     lock = open_run(config, comm)
     sources = Sources.open(config.data)
     plan = layout(sources.shapes, config.data.batch, config.data.lanes, config.data.groups, config.data.window, config.seed)
     plan.check_world(comm.size)
-    facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups}
+    teachers = Teachers.open(config.teachers, sources)
+    facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
     keep = plan.keep(config.selector.rate)
     decoders = prepare(config, folder, sources, comm)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
-    engine = Engine(config.engine, config.optimizer, accelerator, comm, build_task(config, folder, comm), steps, config.seed)
-    data = DataModule(config.data, plan, comm.rank, comm.size, Fetch(sources, decoders, config.seed), steps, engine.device)
+    task = build_task(config, folder, comm)
+    if config.init_from and not checkpoint.committed(folder):
+        config.init_from.load(task.towers)
+    engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
+    fetch = Fetch(sources, decoders, config.seed, teachers.rows)
+    data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
     sources.check_cache(config.data, data.lanes, comm.local_size)
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
@@ -141,7 +160,8 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm, lock.superseded if lock else None)
     facts |= {"world_size": comm.size, "commit": commit()}
     watchdog = Watchdog(config.watchdog, comm, folder)
-    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts, watchdog)
+    teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
+    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
         trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
         trainer.evaluate_every = config.evaluation.every
@@ -153,19 +173,27 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
 
 
 def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm) -> dict[str, Decoder]:
-    """The decoders of all towers. Rank 0 does first what is done once (a tokenizer); resume finds it done, for these towers and samples."""
-    done, this = folder / "prepared", digest([dump(config)["towers"], sources.digest])
+    """The decoders of towers and teachers. Rank 0 does first what is done once (a tokenizer); resume finds it done, for these towers and samples."""
+    done, this = folder / "prepared", digest([dump(config)["towers"], dump(config)["init_from"], sources.digest])
+    trouble = None
     if comm.rank == 0 and not (done.is_file() and done.read_text(encoding="utf-8") == this):
-        for tower in config.towers.values():
-            tower.prepare(TowerData(folder, sources.captions))
-        done.write_text(this, encoding="utf-8")
-    comm.barrier()
+        try:
+            for tower in config.towers.values():
+                tower.prepare(TowerData(folder, sources.captions))
+            if config.init_from:
+                config.init_from.prepare(config.towers, folder)
+            done.write_text(this, encoding="utf-8")
+        except ConfigError as error:
+            trouble = str(error)
+    if trouble := comm.broadcast(trouble):  # the others wait here
+        raise ConfigError(trouble)
     return make_decoders(config, folder, train=True)
 
 
 def make_decoders(config: RunConfig, folder: Path, train: bool) -> dict[str, Decoder]:
-    """Field name -> decoder, over all towers; two towers that read one field share it."""
-    return {name: decoder for tower in config.towers.values() for name, decoder in tower.decoders(folder, train).items()}
+    """Field name -> decoder, over all towers, and all teachers while training. Raises ConfigError where two readers of one disagree."""
+    towers = {f"towers.{name}": tower.decoders(folder, train) for name, tower in config.towers.items()}
+    return join(towers, {f"teachers.{name}": teacher.decoders() for name, teacher in config.teachers.items()} if train else None)
 
 
 def build_task(config: RunConfig, folder: Path, comm: Comm) -> Task:
@@ -183,29 +211,12 @@ class TrainedRun:
         if not (folder / "resolved.yaml").is_file():
             raise ConfigError(f"{folder}: is no run folder, it has no resolved.yaml; give the `out` of a run that was trained")
         self.folder, self.config = folder, load(RunConfig, folder / "resolved.yaml")
-        weights = self._weights(which)
+        weights = weights_file(folder, which, "--checkpoint")
         self.task = build_task(self.config, folder, LocalComm())
         self.task.load_state_dict(load_file(weights))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.task.to(self.device).eval()
         self.decoders = make_decoders(self.config, folder, train=False)
-
-    def _weights(self, which: str) -> Path:
-        if which == "best":
-            path = self.folder / "best" / "model.safetensors"
-            if not path.is_file():
-                raise ConfigError(f"{path}: there is no best model; the run was not evaluated while it trained (evaluation.every)")
-            return path
-        if which != "newest" and not which.isdigit():
-            raise ConfigError(f"--checkpoint {which}: expected newest, best, or the number of a step")
-        if which != "newest":
-            found = checkpoint.folder_of(self.folder, int(which))
-            checkpoint.verify(found)
-            return found / "model.safetensors"
-        newest = checkpoint.newest(self.folder)
-        if newest is None:
-            raise CheckpointError(f"{self.folder}: has no finished checkpoint; start the training command again")
-        return newest[0] / "model.safetensors"
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> dict[str, Tensor]:

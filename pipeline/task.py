@@ -1,5 +1,6 @@
 """Towers and objectives in one module: the engine wraps it, and its forward is the only way to the weights."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -7,30 +8,79 @@ from torch import Tensor, nn
 
 from pipeline import kernels
 from pipeline.config import ConfigError
+from pipeline.data.sources import DataConfig
 from pipeline.distributed.comm import Comm
 from pipeline.objectives.base import ObjectiveConfig
+from pipeline.teachers.base import TeacherConfig
 from pipeline.towers.base import TowerConfig
 from pipeline.types import Batch, Cached, Selection, StepOutput
 
 MAIN = "student"  # its features go by their own names, those of another tower by tower.name
 
 
-def feature_names(towers: dict[str, TowerConfig]) -> list[str]:
+def feature_names(towers: Mapping[str, TowerConfig]) -> list[str]:
     """Every feature that these towers give."""
     return [f if name == MAIN else f"{name}.{f}" for name, tower in towers.items() for f in tower.gives()]
 
 
-def check_wiring(towers: dict[str, TowerConfig], objectives: dict[str, ObjectiveConfig]) -> None:
-    """Raises ConfigError when an objective reads a feature that no tower gives, or when there is nothing to train."""
+def check_wiring(
+    towers: Mapping[str, TowerConfig],
+    objectives: Mapping[str, ObjectiveConfig],
+    teachers: Mapping[str, TeacherConfig] | None = None,
+    data: DataConfig | None = None,
+) -> None:
+    """Raises ConfigError when an objective reads a feature that no tower or teacher gives, or would train a frozen one, or reads a field
+    that no batch of `data` has (None: not looked at); when a name means two things; when there is nothing to train."""
     if MAIN not in towers:
         raise ConfigError(f"towers: needs one named {MAIN!r}, it is the one that is exported; found {', '.join(towers) or 'none'}")
     if not objectives:
         raise ConfigError("objectives: needs at least one")
     given = feature_names(towers)
+    frozen = _frozen_names(towers, given, teachers or {})
+    fields = _field_names(towers, teachers or {}, data) if data else None
     for name, objective in objectives.items():
-        missing = [f for f in objective.reads() if f not in given]
-        if missing:
-            raise ConfigError(f"objectives.{name} reads {missing}, but the towers give {sorted(given)}")
+        if missing := [f for f in objective.reads() if f not in given and f not in frozen]:
+            teach = f", the teachers {sorted(frozen)}" if frozen else ""
+            raise ConfigError(f"objectives.{name} reads {missing}, but the towers give {sorted(given)}{teach}")
+        if trained := [f for f in objective.trains() if f in frozen]:
+            raise ConfigError(
+                f"objectives.{name} would train {trained[0]!r}, but teachers.{trained[0].split('.')[0]} is frozen; a teacher that learns is a tower"
+            )
+        if fields is not None and (unknown := [f for f in objective.fields() if f not in fields]):
+            raise ConfigError(
+                f"objectives.{name} reads the field {unknown[0]!r}, but the batch has {', '.join(fields)}. A label comes with data.classes, "
+                f"<modality>.present with data.modalities.<modality>.optional"
+            )
+
+
+def _frozen_names(towers: Mapping[str, TowerConfig], given: list[str], teachers: Mapping[str, TeacherConfig]) -> list[str]:
+    """Every feature that these teachers give. Raises ConfigError for a name that is taken."""
+    frozen: list[str] = []
+    for name, teacher in teachers.items():
+        if "." in name or name in towers:
+            why = "is a tower's name as well" if name in towers else "has a dot, which parts it from its features"
+            raise ConfigError(f"teachers.{name}: {why}; give it another name")
+        mine = [f"{name}.{feature}" for feature in teacher.gives()]
+        if taken := [feature for feature in mine if feature in given]:
+            raise ConfigError(f"teachers.{name}: {taken[0]!r} is a feature of the towers as well; give the teacher another name")
+        frozen += mine
+    return frozen
+
+
+def _field_names(towers: Mapping[str, TowerConfig], teachers: Mapping[str, TeacherConfig], data: DataConfig) -> list[str]:
+    """What a batch of these readers holds besides ids."""
+    read = [field for reader in (*towers.values(), *teachers.values()) for field in reader.reads()]
+    for name, teacher in teachers.items():
+        if name in read and teacher.reads() not in ((), (name,)):
+            raise ConfigError(
+                f"teachers.{name}: is a field's name as well, and it reads others too: {name}.present would mean two things; rename it"
+            )
+    found = dict.fromkeys([*read, *(["label"] if data.classes is not None else [])])
+    return [
+        *found,
+        *(f"{f}.present" for f in found if f in data.modalities and data.modalities[f].optional),
+        *(f"{t}.present" for t in teachers),
+    ]
 
 
 class Task(nn.Module):

@@ -19,6 +19,7 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.record.metrics import Record
 from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.groups import GroupSelector
+from pipeline.teachers.base import Teachers
 from pipeline.types import Batch, Selection
 
 
@@ -55,6 +56,7 @@ class Trainer:
     checkpoints: CheckpointConfig
     facts: dict[str, Any]  # what a checkpoint must agree with
     watchdog: Watchdog
+    teachers: Teachers
     evaluate: Callable[[int], None] | None = None
     evaluate_every: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -74,7 +76,8 @@ class Trainer:
                         features = self.score(batch)
                         chosen, cosine = self.selector.select(batch, features, p.step)
                     with p.timed("train"):
-                        trained = self.engine.step(batch.take(chosen.rows), Selection(chosen.rows, chosen.weights), p.step)
+                        taught = self.teachers(batch.take(chosen.rows))
+                        trained = self.engine.step(taught, Selection(chosen.rows, chosen.weights), p.step)
                     self.advance(batch, chosen, features is not None)
                     self.record.step(p, batch, chosen, cosine, trained, self.engine.rate(p.step - 1))
                     if self.evaluate and p.step % self.evaluate_every == 0:

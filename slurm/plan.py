@@ -47,9 +47,30 @@ def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     return found
 
 
+class _Planned(NamedTuple):
+    """A teacher whose run has yet to be trained (--then): it is taken to give what is read of it."""
+
+    features: tuple[str, ...]
+
+    def gives(self) -> tuple[str, ...]:
+        return self.features
+
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
+
+def _as_planned(name: str, config: RunConfig) -> Any:
+    teacher = config.teachers[name]
+    run = getattr(teacher, "run", None)
+    if run is None or Path(run).exists():
+        return teacher
+    read = (feature for objective in config.objectives.values() for feature in objective.reads())
+    return _Planned(tuple(feature.removeprefix(f"{name}.") for feature in read if feature.startswith(f"{name}.")))
+
+
 def check(config: RunConfig, world: int) -> None:
     """Everything about a run that can be known before it starts and without its data. Raises ConfigError."""
-    check_wiring(config.towers, config.objectives)
+    check_wiring(config.towers, config.objectives, {name: _as_planned(name, config) for name in config.teachers}, config.data)
     plan(config, world, config.data.batch * 1000)
 
 

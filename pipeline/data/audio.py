@@ -132,3 +132,7 @@ class AudioDecoder:
         """float32 [b, num_mels, frames]."""
         nothing = np.zeros((self.config.num_mels, self.config.frames), np.float32)
         return torch.from_numpy(np.stack([nothing if item is None else item for item in items]))
+
+    def settings(self) -> dict[str, str]:
+        """Every setting."""
+        return {name: str(value) for name, value in self.config}

@@ -32,6 +32,9 @@ class Decoder(Protocol):
     def collate(self, items: Sequence[Any]) -> Tensor:
         """The field's tensor from items; None stands for a sample that could not be decoded and becomes zeros."""
 
+    def settings(self) -> dict[str, str]:
+        """What makes two decoders of a field differ, in words; of that `augmentation` is what a seed may change."""
+
 
 class Resize:
     """Squashes a PIL image to a square; what small debug towers need of preprocessing, without torchvision."""
@@ -41,6 +44,9 @@ class Resize:
 
     def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
         return image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
+
+    def __repr__(self) -> str:
+        return f"squashed to {self.size} x {self.size}"
 
 
 class ImageDecoder:
@@ -88,6 +94,11 @@ class ImageDecoder:
                 out[row] = item
         return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
+    def settings(self) -> dict[str, str]:
+        """Size and the transforms as they print themselves."""
+        transforms = (" ".join(repr(transform).split()) for transform in (self.transform, self.augmentation))
+        return {"size": str(self.size)} | dict(zip(("transform", "augmentation"), transforms))
+
 
 def _deep_grey(data: bytes) -> PIL.Image.Image | None:
     """A grey image of more than 8 bits by its high byte, else None: Pillow's own conversion cuts off at 255, which leaves it white."""
@@ -133,6 +144,15 @@ class TextDecoder:
         tokens = self.tokenize([item or "" for item in items])
         return tokens * torch.tensor([item is not None for item in items])[:, None]
 
+    def settings(self) -> dict[str, str]:
+        """The tokenizer: its own words where it has some, else its class and sizes (open_clip's)."""
+        own = getattr(self.tokenize, "settings", None)
+        if own is not None:
+            return own()
+        inner = getattr(self.tokenize, "tokenizer", None)  # of Hugging Face
+        name = getattr(inner, "name_or_path", type(self.tokenize).__name__)
+        return {"tokenizer": str(name), "context": str(getattr(self.tokenize, "context_length", None))}
+
 
 class LabelDecoder:
     """Class -> int64, -1 for a sample without one. `classes`: their names in the order of the logits, or their number.
@@ -167,6 +187,10 @@ class LabelDecoder:
     def collate(self, items: Sequence[int | None]) -> Tensor:
         """int64 [b]."""
         return torch.tensor([-1 if item is None else item for item in items], dtype=torch.int64)
+
+    def settings(self) -> dict[str, str]:
+        """The classes."""
+        return {"classes": str(self.names or self.count)}
 
 
 _OTHER_LABELS = "The shards were made with another label set: give data.classes as their *.stats.json list them"

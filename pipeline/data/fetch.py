@@ -1,5 +1,6 @@
 """From the ids of a batch's rows to the batch: what a loader worker does."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,19 @@ _LABELS = 0x6C6162656C  # keeps the draw of labels apart from that of the augmen
 
 
 class Fetch(Dataset):
-    """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer."""
+    """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer.
 
-    def __init__(self, sources: Sources, decoders: dict[str, Decoder], seed: int | None) -> None:
-        self.sources, self.seed = sources, seed
+    `teachers`: by name, what was computed for every sample before: sample ids int64 [b] -> feature -> [b, ...].
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        decoders: dict[str, Decoder],
+        seed: int | None,
+        teachers: Mapping[str, Callable[[np.ndarray], dict[str, Tensor]]] | None = None,
+    ) -> None:
+        self.sources, self.seed, self.teachers = sources, seed, teachers or {}
         self.decoders = decoders if sources.classes is None else decoders | {"label": LabelDecoder(sources.classes)}
         given = sources.modalities
         self.members = {name: members_of(name, d, given[name].members if name in given else None) for name, d in self.decoders.items()}
@@ -39,7 +49,7 @@ class Fetch(Dataset):
                 )
         unread = [name for name in self.sources.modalities if name not in self.decoders]
         if unread and self.seed is not None:
-            raise DataError(f"data.modalities: no tower reads {', '.join(unread)}; the towers read {', '.join(self.decoders)}")
+            raise DataError(f"data.modalities: no tower and no teacher reads {', '.join(unread)}; they read {', '.join(self.decoders)}")
 
     def _optional(self, name: str) -> bool:
         return name in self.masked or getattr(self.decoders[name], "optional", False)
@@ -69,7 +79,9 @@ class Fetch(Dataset):
         if self.seed is not None and self.sources.classes is not None and self.sources.labelled < 1:
             hidden = hash_ids(self.seed, _LABELS, rows.sample) >= self.sources.labelled * 2**63
             fields["label"] = fields["label"].masked_fill(torch.from_numpy(hidden), -1)
-        return Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid)), fields=fields, bad=tuple(bad))
+        given = {f"{name}.{key}": value for name, read in self.teachers.items() for key, value in read(rows.sample).items()}
+        columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
+        return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad))
 
     def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
         members = self.sources.members(sample)

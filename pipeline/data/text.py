@@ -1,11 +1,14 @@
 """A small byte-level BPE tokenizer trained from the shards' own captions, for models too small for 49,408 embeddings."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from pipeline.config import ConfigError
 
 # the loader's workers are forked after the tokenizer was used; its thread pool would not survive that, and it says so on every start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,6 +44,8 @@ class BpeTokenizer:
         from tokenizers import Tokenizer, processors
 
         self.path, self.context = path, context
+        if not path.is_file():
+            raise ConfigError(f"{path}: there is no tokenizer; it belongs beside the weights that were trained with it")
         self._tokenizer = Tokenizer.from_file(str(path))
         start, end = self._tokenizer.token_to_id(START), self._tokenizer.token_to_id(END)
         self._tokenizer.post_processor = processors.TemplateProcessing(
@@ -56,3 +61,7 @@ class BpeTokenizer:
     def __call__(self, captions: list[str]) -> Tensor:
         encoded = self._tokenizer.encode_batch(captions)
         return torch.tensor([e.ids for e in encoded], dtype=torch.int64).reshape(len(captions), self.context)
+
+    def settings(self) -> dict[str, str]:
+        """The vocabulary by its digest, wherever the file is, and the length."""
+        return {"tokenizer": f"bpe {hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]}", "context": str(self.context)}

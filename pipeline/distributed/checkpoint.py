@@ -179,12 +179,17 @@ def _committed_files(folder: Path) -> dict[str, Any]:
     return files
 
 
+def committed(run: Path) -> list[Path]:
+    """The folders of all finished checkpoints, oldest first; not verified."""
+    return [folder for folder in _folders(run) if (folder / "COMMIT").is_file()]
+
+
 def agree(run: Path, expected: dict[str, Any]) -> None:
     """Raises CheckpointError when the newest checkpoint was made by another configuration, index or lane layout, naming what differs."""
-    committed = [folder for folder in _folders(run) if (folder / "COMMIT").is_file()]
-    if not committed:
+    finished = committed(run)
+    if not finished:
         return
-    folder = committed[-1]
+    folder = finished[-1]
     try:
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         known = {name: found[name] for name in ("index", "lanes", "groups", "config")} if found["format"] == FORMAT else expected
@@ -195,12 +200,24 @@ def agree(run: Path, expected: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{folder}: {meaning} (checkpoint {known[name]}, now {expected[name]}). Restore what it was, or train into a new folder with out="
             )
+    _agree_on_teachers(folder, found.get("teachers", {}), expected.get("teachers", {}))
     differing = _differences(known["config"], expected["config"])
     if differing:
         lines = "; ".join(f"{key} was {was!r}, now {now!r}" for key, was, now in differing[:8])
         raise CheckpointError(
             f"{folder}: was made with another configuration: {lines}. Set these back, or train into a new folder with out="
         )
+
+
+def _agree_on_teachers(folder: Path, was: dict[str, str], now: dict[str, str]) -> None:
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            one, other = ((side.get(name) or "no such teacher")[:16] for side in (was, now))
+            raise CheckpointError(
+                f"{folder}: was trained with another teacher: teachers.{name} was {one}, now {other} (digests of settings and weights). A live "
+                f"teacher changes with its own run's newest checkpoint: name a step in teachers.{name}.checkpoint. Restore what it was, or train "
+                f"into a new folder with out="
+            )
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:

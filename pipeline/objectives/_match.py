@@ -41,7 +41,7 @@ class Match(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of(c.name, batch, selection, c.present)
+        weight = weight_of(c.name, batch, selection, c.present, c.teacher)
         student, teacher = (feature(c.name, features, batch, name, weight) for name in (c.student, c.teacher))
         student, teacher = self.projector(student).to(teacher.dtype), teacher.detach()
         same_shape(c.name, student, teacher, (c.student, c.teacher), "set projector: linear with student_width and teacher_width")

@@ -153,7 +153,7 @@ class Bank(Contrast):
         total = len(self.left)
         if rows.sample.device.type == "cpu" and int(rows.sample.max()) >= total:
             found = f"found sample {int(rows.sample.max())} in the batch and samples: {total} in the configuration"
-            raise ValueError(f"{self.config.name}: a bank has one row per sample; {found}")
+            raise ConfigError(f"{self.config.name}: a bank has one row per sample; {found}")
         chosen, count = self._draw(rows, comm)
         allowed = chosen[None] != rows.sample[:, None]
         if rows.label is not None:
@@ -208,9 +208,9 @@ class Bank(Contrast):
 
 
 def at_least_two(rows: Rows, comm: Comm, objective: str) -> None:
-    """Raises ValueError for a global batch of one row, which has nothing to be contrasted with."""
+    """Raises ConfigError for a global batch of one row, which has nothing to be contrasted with."""
     if len(rows.sample) * comm.size < 2:
-        raise ValueError(f"{objective}: negatives: batch needs 2 rows or more, found 1; train larger batches, or take `queue` or `bank`")
+        raise ConfigError(f"{objective}: negatives: batch needs 2 rows or more, found 1; train larger batches, or take `queue` or `bank`")
 
 
 def info_nce(left: Tensor, right: Tensor, rows: Rows, comm: Comm, temperature: float, queue: Queue | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch, Selection
@@ -13,44 +14,49 @@ from pipeline.types import Batch, Selection
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def weight_of(objective: str, batch: Batch, selection: Selection, present: str | None = None) -> Tensor:
+def weight_of(objective: str, batch: Batch, selection: Selection, present: str | None = None, *followed: str) -> Tensor:
     """[b] >= 0, float32: the selection's weight of each row; 0 where the row is not valid, or its modality absent.
 
-    `present` names a bool field [b] of the batch, by convention "<modality>.present". Raises ValueError where the batch has none.
+    `present` names a bool field [b] of the batch, by convention "<modality>.present". `followed`: features; of those that a frozen
+    teacher gives, only the rows that it has seen count. Raises ConfigError where the batch has no field `present`.
     """
     weight = selection.weights.get(objective, torch.ones(len(batch), device=batch.valid.device))
     used = batch.valid
+    for teacher in {name.split(".")[0] for name in followed}:
+        used = used & batch.teacher.get(f"{teacher}.present", used)
     if present is not None:
-        if present not in batch.fields:
-            raise ValueError(f"{objective}: the batch has no field {present!r} of rows; it has {sorted(batch.fields)}. Leave `present` out")
-        used = used & batch.fields[present].bool()
+        found = batch.fields.get(present, batch.teacher.get(present))
+        if found is None:
+            known = sorted([*batch.fields, *batch.teacher])
+            raise ConfigError(f"{objective}: the batch has no field {present!r} of rows; it has {known}. Leave `present` out")
+        used = used & found.bool()
     return weight.masked_fill(~used, 0)
 
 
 def feature(objective: str, features: dict[str, Tensor], batch: Batch, name: str, weight: Tensor | None = None) -> Tensor:
     """A tower's feature, or what a frozen teacher put on the batch, with half precision widened to float32.
 
-    Rows of weight 0 become zeros: they may hold anything, NaN too, and 0 times NaN is NaN. Raises ValueError where nothing has that name.
+    Rows of weight 0 become zeros: they may hold anything, NaN too, and 0 times NaN is NaN. Raises ConfigError where nothing has that name.
     """
     found = features.get(name, batch.teacher.get(name))
     if found is None:
-        raise ValueError(f"{objective} reads {name!r}, found {sorted([*features, *batch.teacher])}")
+        raise ConfigError(f"{objective} reads {name!r}, found {sorted([*features, *batch.teacher])}")
     found = found if found.dtype == torch.float64 else found.float()
     return found if weight is None else found.masked_fill((weight == 0).view(-1, *[1] * (found.ndim - 1)), 0)
 
 
 def labels_of(objective: str, batch: Batch, name: str) -> Tensor:
-    """int64 [b]; below 0 means that the row has none. Raises ValueError where the batch has no such field."""
+    """int64 [b]; below 0 means that the row has none. Raises ConfigError where the batch has no such field."""
     if name not in batch.fields:
-        raise ValueError(f"{objective} needs labels in the field {name!r}; the batch has {sorted(batch.fields)}")
+        raise ConfigError(f"{objective} needs labels in the field {name!r}; the batch has {sorted(batch.fields)}")
     return batch.fields[name].long()
 
 
 def same_shape(objective: str, student: Tensor, teacher: Tensor, names: tuple[str, str], remedy: str) -> None:
-    """Raises ValueError where two features cannot be compared element by element."""
+    """Raises ConfigError where two features cannot be compared element by element."""
     if student.shape != teacher.shape:
         found = f"{names[0]} is {list(student.shape)} and {names[1]} {list(teacher.shape)}"
-        raise ValueError(f"{objective}: expected features of one shape, but {found}; {remedy}")
+        raise ConfigError(f"{objective}: expected features of one shape, but {found}; {remedy}")
 
 
 def unit(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives._rows import Used, feature, weight_of
 from pipeline.objectives.base import Objective, ObjectiveConfig
@@ -48,9 +49,9 @@ class Affinity(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of("affinity", batch, selection, c.present)
+        weight = weight_of("affinity", batch, selection, c.present, c.teacher)
         if len(batch) * comm.size < 2:
-            raise ValueError("affinity: needs 2 rows or more, found 1; train larger batches")
+            raise ConfigError("affinity: needs 2 rows or more, found 1; train larger batches")
         used = comm.gather(weight > 0)
         here = comm.rank * len(batch) + torch.arange(len(batch), device=weight.device)
         allowed = used[None] | (here[:, None] == torch.arange(len(used), device=weight.device)[None])
@@ -66,7 +67,7 @@ class Affinity(Objective):
         """[b, N] of each local image over all texts, and of each local text over all images."""
         c = self.config
         image, text = (feature("affinity", features, batch, f"{prefix}{name}", weight) for name in (c.image, c.text))
-        scale = feature("affinity", features, batch, f"{prefix}{c.scale}").reshape(()) / c.temperature
+        scale = feature("affinity", features, batch, f"{prefix}{c.scale}").flatten()[0] / c.temperature  # a frozen teacher's has rows
         lowest = torch.finfo(image.dtype).min
         products = (image @ comm.gather(text).T, text @ comm.gather(image).T)
         return tuple(F.log_softmax((scale * product).masked_fill(~allowed, lowest), 1) for product in products)

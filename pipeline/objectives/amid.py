@@ -104,7 +104,7 @@ class Amid(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of("amid", batch, selection, c.present)
+        weight = weight_of("amid", batch, selection, c.present, *c.reads())
         label = labels_of("amid", batch, c.label) if c.mask_same_class else None
         rows = Rows(batch.sample, batch.visit, weight, Used.of(weight, comm), label)
         given = {side: feature("amid", features, batch, getattr(c, side), weight) for side in c.sides()}

@@ -57,7 +57,7 @@ class Crd(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of("crd", batch, selection, c.present)
+        weight = weight_of("crd", batch, selection, c.present, c.teacher)
         student, teacher = (feature("crd", features, batch, name, weight) for name in (c.student, c.teacher))
         label = labels_of("crd", batch, c.label) if c.mask_same_class else None
         with torch.autocast(student.device.type, enabled=False):

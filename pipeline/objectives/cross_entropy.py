@@ -52,7 +52,9 @@ class CrossEntropy(Objective):
         logits = logits if logits.dtype.itemsize > 2 else logits.float()  # a head under autocast gives half precision
         known = label.clamp_min(0)
         if known.device.type == "cpu" and int(known.max()) >= logits.shape[1]:
-            raise ValueError(f"cross_entropy: label {int(known.max())} in field {c.label!r}, but {c.feature} has {logits.shape[1]} classes")
+            raise ConfigError(
+                f"cross_entropy: label {int(known.max())} in field {c.label!r}, but {c.feature} has {logits.shape[1]} classes"
+            )
         self.telemetry = {"accuracy": Used.of(weight, comm).mean((logits.argmax(1) == label).float())}
         each = F.cross_entropy(logits, known, reduction="none", label_smoothing=c.smoothing)
         return (each * weight).mean()

@@ -34,7 +34,7 @@ class LogitKd(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of("logit_kd", batch, selection, c.present)
+        weight = weight_of("logit_kd", batch, selection, c.present, c.teacher)
         student, teacher = (feature("logit_kd", features, batch, name, weight) for name in (c.student, c.teacher))
         same_shape("logit_kd", student, teacher, (c.student, c.teacher), "both must score the same classes")
         teacher = teacher.detach()

@@ -5,6 +5,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives._follow import FollowConfig
 from pipeline.objectives._rows import feature, unit, weight_of
@@ -38,10 +39,10 @@ class RelationalKd(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         c = self.config
-        weight = weight_of("relational_kd", batch, selection, c.present)
+        weight = weight_of("relational_kd", batch, selection, c.present, c.teacher)
         mine = [feature("relational_kd", features, batch, name, weight).flatten(1) for name in (c.student, c.teacher)]
         if len(batch) * comm.size < 2:
-            raise ValueError("relational_kd: needs 2 rows or more to relate, found 1; train larger batches")
+            raise ConfigError("relational_kd: needs 2 rows or more to relate, found 1; train larger batches")
         with torch.autocast(weight.device.type, enabled=False):
             mine = [unit(value) if c.normalise else value for value in mine]
             student, teacher = comm.gather(mine[0]), comm.gather(mine[1].detach())

@@ -35,6 +35,10 @@ class TowerConfig(Component):
         """How the fields it reads are made from bytes; `train` asks for the augmenting variant."""
         raise TypeError(f"{type(self).__module__}.Config must define decoders()")
 
+    def files(self) -> tuple[str, ...]:
+        """What `prepare` leaves in the run folder and its weights cannot do without (a tokenizer)."""
+        return ()
+
     def build(self, folder: Path) -> "Tower":
         """The tower with its initial weights, in float32 on the CPU."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")

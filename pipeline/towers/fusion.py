@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import component
 from pipeline.data.decode import Decoder
+from pipeline.data.fields import join
 from pipeline.towers._modality import ModalityConfig, present
 from pipeline.towers.base import Tower, TowerConfig, TowerData
 
@@ -59,8 +60,11 @@ class Config(TowerConfig):
         for tower in self.inputs.values():
             tower.prepare(data)
 
+    def files(self) -> tuple[str, ...]:
+        return tuple(name for tower in self.inputs.values() for name in tower.files())
+
     def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
-        return {field: decoder for tower in self.inputs.values() for field, decoder in tower.decoders(folder, train).items()}
+        return join({f"inputs.{name}": tower.decoders(folder, train) for name, tower in self.inputs.items()})
 
     def build(self, folder: Path) -> "Fusion":
         return Fusion(self, {name: tower.build(folder) for name, tower in self.inputs.items()})

@@ -36,6 +36,9 @@ class Config(TowerConfig):
     def prepare(self, data: TowerData) -> None:
         train_bpe(data.captions(), self.vocab_size, data.folder / "tokenizer.json")
 
+    def files(self) -> tuple[str, ...]:
+        return ("tokenizer.json",)
+
     def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
         return {
             "image": ImageDecoder(self.image_size, Resize(self.image_size)),

@@ -96,6 +96,9 @@ class Config(TowerConfig):
             values = merge_preprocess_dict(values, open_clip.get_pretrained_cfg(self.model, self.pretrained) or {})
         return merge_preprocess_dict(values, self.preprocess)
 
+    def files(self) -> tuple[str, ...]:
+        return ("tokenizer.json",) if self.tokenizer.kind == "bpe" else ()
+
     def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 

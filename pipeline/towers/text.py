@@ -27,6 +27,9 @@ class Config(ModalityConfig):
     def prepare(self, data: TowerData) -> None:
         train_bpe(data.captions(), self.vocab_size, self._file(data.folder))
 
+    def files(self) -> tuple[str, ...]:
+        return (self._file(Path()).name,)
+
     def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
         return {self.field: TextDecoder(BpeTokenizer(self._file(folder), self.context))}
 

@@ -19,12 +19,13 @@ from pipeline.objectives.base import ObjectiveConfig
 from pipeline.run import RunConfig
 from pipeline.selection.base import SelectorConfig
 from pipeline.task import check_wiring
+from pipeline.teachers.base import TeacherConfig
 from pipeline.towers.base import TowerConfig
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "configs" / "pretrain" / "debug.yaml"
-BASES = {"towers": TowerConfig, "objectives": ObjectiveConfig, "selection": SelectorConfig}
-ONE_OF = {"towers": "towers.student", "objectives": "objectives.clip", "selection": "selector"}
+BASES = {"towers": TowerConfig, "objectives": ObjectiveConfig, "selection": SelectorConfig, "teachers": TeacherConfig}
+ONE_OF = {"towers": "towers.student", "objectives": "objectives.clip", "selection": "selector", "teachers": "teachers.lite"}
 COMPONENTS = [(folder, name) for folder in ONE_OF for name in names_in(f"pipeline.{folder}")]
 
 
@@ -253,7 +254,7 @@ def variants(field: FieldInfo) -> list[Any]:
     """Values that a field may take; those that do not fit are refused by its Config."""
     parts = [field.annotation, *typing.get_args(field.annotation)]
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
-    nested = [{"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}, {"num_mels": 40}, INPUTS]
+    nested = [{"mean": [0.1, 0.2, 0.3]}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}, {"num_mels": 40}, INPUTS, {"text": "caption"}]
     return [*literals, True, False, 7, 301, 304, 0.25, "text", "vit", "ViT-B-32", *nested]
 
 
