@@ -49,6 +49,7 @@ kernels: env
 	test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tools.compile_kernels
 
+# what CI runs after `make test`: about 45 minutes on two cores
 test-all: test-slow test-slurm kernels
 
 # the resolved form of every config, compared by tests/golden; look at the diff before committing it

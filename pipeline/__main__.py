@@ -3,13 +3,14 @@
 import argparse
 import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, load, names_in
-from pipeline.data.errors import DataError
+from pipeline.data.errors import DataError, StorageError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,7 +131,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; what a user can mend is one message and exit code 2, not a traceback."""
+    """Runs a command; what a user can mend is one message and exit code 2, not a traceback; storage that does not answer is 75."""
     args = parser().parse_args(arguments)
     try:
         return {"train": train, "evaluate": evaluate, "report": report}[args.command](args)
@@ -138,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         if (error.name or "").split(".")[0] in ("pipeline", "tools"):
             raise
         print(f"error: {error}. Install the extra that brings it: pip install 'dissect-pipeline[train]'", file=sys.stderr)
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL  # a launcher may start it again
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

@@ -158,7 +158,7 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector.scores.to(engine.device)
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
     groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm, lock.superseded if lock else None)
-    facts |= {"world_size": comm.size, "commit": commit()}
+    facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
     trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts, watchdog, teachers)
@@ -240,7 +240,7 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
         "groups": plan.groups,
         "mix": plan.mix(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": commit(folder),
     }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     print(
@@ -251,12 +251,11 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
     )
 
 
-def commit() -> str | None:
-    """The commit of the checkout this code runs from, if it is one."""
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout this code runs from; in a copy of it, as `slurm.launch` makes one, what launch.json in the run folder says."""
     root = Path(__file__).parent.parent
-    found = (
-        subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if (root / ".git").exists()
-        else None
-    )
-    return found.stdout.strip() or None if found else None
+    if (root / ".git").exists():
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return found.stdout.strip() or None
+    launched = folder / "launch.json"
+    return json.loads(launched.read_text(encoding="utf-8")).get("commit") if launched.is_file() else None

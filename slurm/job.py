@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from submitit import JobEnvironment
@@ -67,6 +68,9 @@ class TrainJob:
         with Meeting(self.run, env) as place:
             os.environ.update(place)
             code = main(["train", str(self.run / "resolved.yaml")])
+        if code == USAGE:
+            with suppress(OSError):  # a full disk may be the very reason
+                note(self.run, "refused", job=env.job_id, start=restarts(), rank=env.global_rank)
         if code:
             leave(code)
         if inbox.agreed:
@@ -192,7 +196,11 @@ def ended(submissions: Path, code: int) -> None:
     told = json.loads((submissions / "runs.json").read_text(encoding="utf-8"))
     run, crashes = Path(told["runs"][task]), told["crashes"]
     step = committed_step(run)
-    again = [line for line in notes(run) if line["event"] == "crash" and line["job"] == job and line["step"] >= step]
+    mine = [line for line in notes(run) if line["job"] == job]
+    again = [line for line in mine if line["event"] == "crash" and line["step"] >= step]
+    # srun kills the other ranks as soon as one has left, and gives the highest of their codes
+    if any(line["event"] == "refused" and line["start"] == restarts() for line in mine):
+        code = USAGE
     if code in (0, USAGE) or not is_running(job):
         note(run, "end", job=job, start=restarts(), code=code, step=step)
     elif len(again) >= crashes:

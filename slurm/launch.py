@@ -1,6 +1,7 @@
 """python -m slurm.launch CONFIG [a.b=c ...] --cluster configs/cluster/X.yaml [--then CONFIG2] [--sweep key=v1,v2] [--executor ...] [--dry-run]"""
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -167,7 +168,10 @@ def launch(args: argparse.Namespace) -> int:
 
     cluster = load(ClusterConfig, args.cluster, args.resource)
     if args.sweep and (args.then or args.executor != "slurm"):
-        raise ConfigError("--sweep is one job array on Slurm; it goes neither with --then nor with another --executor")
+        raise ConfigError(
+            "--sweep is one job array on Slurm; it goes neither with --then nor with another --executor. Launch each of its points by itself: "
+            "the second stage needs the folder of its own first one"
+        )
     world = 1 if args.executor == "debug" else cluster.world
     top, runs = read_runs(args.config, args.overrides, args.sweep, world)
     stages = [(top, runs)]
@@ -212,6 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}. Install the extras: pip install 'dissect-pipeline[train,slurm]'", file=sys.stderr)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}. Make room, then launch again", file=sys.stderr)
     return 2
 
 

@@ -1,12 +1,17 @@
 """Fixtures that several rooms share: a small real data set, and an object store on loopback."""
 
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.runs import Launcher, arguments, command_line
+
+if TYPE_CHECKING:
+    from moto.server import ThreadedMotoServer
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +26,25 @@ def icons_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def moto_s3() -> Iterator[str]:
-    """The URL of an empty bucket of a real S3 server on loopback; AWS_* point every client of this process at it."""
-    import boto3
+def moto_server() -> Iterator["ThreadedMotoServer"]:
+    """A real S3 server on loopback. It can be stopped, and started again at the same port with what it held."""
     from moto.server import ThreadedMotoServer
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def moto_s3(moto_server: "ThreadedMotoServer") -> Iterator[str]:
+    """The URL of an empty bucket of that server; AWS_* point every client of this process at it."""
+    import boto3
     from s3fs import S3FileSystem
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    host, port = moto_server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -39,7 +54,6 @@ def moto_s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="shards")
         yield "s3://shards"
         S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(scope="session")

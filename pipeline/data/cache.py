@@ -29,10 +29,11 @@ class ShardCache:
         *,
         attempts: int = storage.ATTEMPTS,
         backoff_s: float = storage.BACKOFF_S,
+        outage_s: float = 0.0,
         patience_s: float = 600,
     ) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
-        self.attempts, self.backoff_s, self.patience_s = attempts, backoff_s, patience_s
+        self.folder, self.max_bytes, self.patience_s = folder, max_bytes, patience_s
+        self.retries = (attempts, backoff_s, outage_s)  # of storage.with_retries
         if folder is not None:
             try:
                 os.makedirs(folder, exist_ok=True)
@@ -81,7 +82,7 @@ class ShardCache:
     def read(self, url: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` by one ranged GET, retried. Raises DataError."""
         try:
-            return storage.read_bytes(url, offset, offset + size, self.attempts, self.backoff_s) if size else b""
+            return storage.read_bytes(url, offset, offset + size, *self.retries) if size else b""
         except FileNotFoundError:
             raise DataError(
                 f"{url}: no such shard. Restore it from its source, or build the index again with python -m tools.make_shards"
@@ -90,7 +91,7 @@ class ShardCache:
     def _open_local(self, url: str) -> int:
         path = storage.local_path(url)
         try:
-            return storage.with_retries(lambda: os.open(path, os.O_RDONLY), path, self.attempts, self.backoff_s)
+            return storage.with_retries(lambda: os.open(path, os.O_RDONLY), path, *self.retries)
         except FileNotFoundError:
             raise DataError(
                 f"{path}: no such shard. Restore it from its source, or build the index again with python -m tools.make_shards"
@@ -152,7 +153,7 @@ class ShardCache:
                 raise EOFError(f"{got} of {size} bytes came")
 
         try:
-            storage.with_retries(get, url, self.attempts, self.backoff_s)
+            storage.with_retries(get, url, *self.retries)
             with self._folder_lock():  # whoever counts the folder sees the shard under one of its names
                 os.rename(part, final)
             fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -109,7 +109,7 @@ class Reader:
                 os.close(old)
             return os.pread(self._descriptor(shard), size, offset)
 
-        return storage.with_retries(attempt, self.index.shards[shard], self.cache.attempts, self.cache.backoff_s)
+        return storage.with_retries(attempt, self.index.shards[shard], *self.cache.retries)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index, "cache": self.cache, "max_open": self.max_open}

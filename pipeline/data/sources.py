@@ -14,7 +14,7 @@ from pipeline.data.errors import BadSample, DataError
 from pipeline.data.index import Index
 from pipeline.data.lanes import RankLanes, SourceShape
 from pipeline.data.read import Reader
-from pipeline.data.storage import is_local
+from pipeline.data.storage import OUTAGE_S, is_local
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 
@@ -86,7 +86,8 @@ class Sources:
         indices = [Index.open(source.url, config.cache if config.cache != "off" else None) for source in config.sources]
         for index in indices:
             index.check_shards()
-        cache = ShardCache(folder / "shards", int(config.cache_gb * 1e9)) if config.cache != "off" else ShardCache(None, 0)
+        place = (None, 0) if config.cache == "off" else (folder / "shards", int(config.cache_gb * 1e9))
+        cache = ShardCache(*place, outage_s=OUTAGE_S)
         return cls(indices, [Reader(index, cache) for index in indices], [source.weight for source in config.sources], config)
 
     @property

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import re
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -17,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from pipeline.data.errors import BadSample, DataError
+from pipeline.data.errors import BadSample, DataError, StorageError
 
 ATTEMPTS = 4
-BACKOFF_S = 0.5
+BACKOFF_S, BACKOFF_MOST_S = 0.5, 10.0
+OUTAGE_S = 120.0  # how long a training run asks for its next shard, which costs less than to start it again
 T = TypeVar("T")
 
 # Asking again cannot mend these.
@@ -85,13 +88,15 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise DataError(f"{url}: {error}. Expected a path or a URL that fsspec knows, such as s3://bucket/folder") from None
 
 
-def with_retries(action: Callable[[], T], where: str, attempts: int = ATTEMPTS, backoff_s: float = BACKOFF_S) -> T:
-    """Runs `action`, again after an I/O error, waiting backoff_s x 2^n between attempts.
+def with_retries(action: Callable[[], T], where: str, attempts: int = ATTEMPTS, backoff_s: float = BACKOFF_S, outage_s: float = 0.0) -> T:
+    """Runs `action`, again after an I/O error, waiting backoff_s x 2^n between attempts; gives up after `attempts`, and not before
+    `outage_s` seconds.
 
-    Raises DataError with the attempts and the last error; what cannot be mended by asking again ends at once, a missing file as
-    FileNotFoundError, so that the caller can say what it means.
+    Raises StorageError with the attempts and the last error; what cannot be mended by asking again ends at once as another DataError, a
+    missing file as FileNotFoundError, so that the caller can say what it means.
     """
-    for attempt in range(1, attempts + 1):
+    began = time.monotonic()
+    for attempt in itertools.count(1):
         try:
             return action()
         except (DataError, BadSample, FileNotFoundError):
@@ -103,12 +108,15 @@ def with_retries(action: Callable[[], T], where: str, attempts: int = ATTEMPTS, 
                 raise DataError(f"{error.filename or where}: {error.strerror}. Free some space or name another folder") from error
             if "Credentials" in type(error).__name__:
                 raise DataError(f"{where}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or an AWS profile") from error
-            if attempt == attempts:
-                raise DataError(
-                    f"{where}: {attempts} attempts failed, the last with {type(error).__name__}: {error}. "
+            if attempt >= attempts and time.monotonic() - began >= outage_s:
+                raise StorageError(
+                    f"{where}: {attempt} attempts failed, the last with {type(error).__name__}: {error}. "
                     f"Check that the storage answers from this machine (endpoint, network, AWS_ENDPOINT_URL)"
                 ) from error
-        time.sleep(backoff_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))  # jitter: workers that failed together ask apart
+            if attempt == attempts:
+                print(f"{where}: {type(error).__name__}: {error}. Asked again for up to {outage_s:.0f} s", file=sys.stderr, flush=True)
+        wait = min(backoff_s * 2 ** (attempt - 1), BACKOFF_MOST_S)
+        time.sleep(wait * random.uniform(0.75, 1.25))  # jitter: workers that failed together ask apart
     raise AssertionError("unreachable")
 
 
@@ -125,7 +133,14 @@ def fetch(url: str, to: str, attempts: int = ATTEMPTS, backoff_s: float = BACKOF
         raise DataError(f"{url}: no such file. Check the URL, or build the shards again with python -m tools.make_shards") from None
 
 
-def read_bytes(url: str, start: int | None = None, end: int | None = None, attempts: int = ATTEMPTS, backoff_s: float = BACKOFF_S) -> bytes:
+def read_bytes(
+    url: str,
+    start: int | None = None,
+    end: int | None = None,
+    attempts: int = ATTEMPTS,
+    backoff_s: float = BACKOFF_S,
+    outage_s: float = 0.0,
+) -> bytes:
     """A file, or its bytes [start, end). Raises FileNotFoundError or DataError."""
 
     def get() -> bytes:
@@ -135,7 +150,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None, attem
             raise EOFError(f"{len(data)} bytes came for the range {start or 0}..{end}; the file is shorter, or the connection was cut")
         return data
 
-    return with_retries(get, url, attempts, backoff_s)
+    return with_retries(get, url, attempts, backoff_s, outage_s)
 
 
 def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:

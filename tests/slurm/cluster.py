@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.runs import wait_for
 
-PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "faketime")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "faketime")
 SBIN = "/usr/sbin:/sbin"
 CONFIG = """\
 ClusterName=tests
@@ -86,6 +86,11 @@ def install() -> str | None:
         if made:
             policy.unlink()
     return None if done.returncode == 0 else f"apt-get could not install {' '.join(PACKAGES)}: {done.stderr.strip()[-400:]}"
+
+
+def faketime() -> str:
+    """The library that gives a process another clock; for LD_PRELOAD."""
+    return str(next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")))
 
 
 def free_ports(count: int) -> int:

@@ -1,31 +1,38 @@
 """A real Slurm for the tests of this folder. Where it cannot run they are skipped with the reason; with CI=true they fail instead."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests.runs import DEBUG, ROOT, free_environment, losses, wait_for
+from tests.runs import DEBUG, ROOT, Launcher, free_environment, losses, wait_for
 from tests.slurm.cluster import Cluster, install
 
 FILE = ROOT / "configs" / "cluster" / "cpu.yaml"
 LOCAL = ROOT / "configs" / "cluster" / "local.yaml"
+SHORT = ["visits=60", "data.workers=1", "checkpoint.every=20"]  # 187 steps, about 15 s
 Launch = Callable[..., str]
 Say = Callable[[str], None]
+
+
+def cannot(reason: str) -> NoReturn:
+    """Skips the test; fails it where CI=true: there it has to run."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI has to run the Slurm tests: {reason}")
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four idle nodes."""
-    reason = install()
-    if reason and os.environ.get("CI") == "true":
-        pytest.fail(f"CI has to run the Slurm tests: {reason}")
-    if reason:
-        pytest.skip(reason)
+    if reason := install():
+        cannot(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.stop()
@@ -45,6 +52,15 @@ def launch(cluster: Cluster, icons_small: Path, tmp_path: Path) -> Iterator[Laun
     cluster.clear()
 
 
+@pytest.fixture(scope="session")
+def short(launcher: Launcher, icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of SHORT without Slurm and without a fault."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    for child in launcher.ranks(2, train(out, icons_small, *SHORT), free_port()):
+        child.finish()
+    return out
+
+
 def settings(data: Path) -> list[str]:
     """A small run on given shards."""
     return [f"data.sources=[{{url: {data}}}]", "evaluation.data=null", "engine.threads=1"]
@@ -54,6 +70,11 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
     """`python -m MODULE ...` in the repository, within two minutes."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, env=free_environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def status(folder: Path) -> dict:
+    """What `python -m slurm.status` tells of a run."""
+    return json.loads(run("slurm.status", str(folder), "--json", "--tail", "20").stdout)
 
 
 def train(out: Path, data: Path, *overrides: str) -> list[str]:
