@@ -31,6 +31,7 @@ from pipeline.objectives.base import ObjectiveConfig
 from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
 from pipeline.selection.groups import GroupSelector
+from pipeline.selection.scoring import Scoring, ScoringConfig
 from pipeline.task import Task, check_wiring
 from pipeline.teachers.base import TeacherConfig, Teachers
 from pipeline.towers.base import TowerConfig, TowerData
@@ -59,6 +60,7 @@ FREE = (
     "watchdog",
     "engine.zero",
     "engine.micro_batch",
+    "scoring.micro_batch",
     "engine.compile",
 )
 
@@ -74,6 +76,7 @@ class RunConfig(Strict):
     towers: dict[str, TowerField]
     objectives: dict[str, ObjectiveField]
     selector: SelectorField
+    scoring: ScoringConfig = ScoringConfig()
     teachers: dict[str, TeacherField] = Field(default_factory=dict, description="frozen; their features are read as <teacher>.<feature>")
     init_from: InitFrom | None = Field(None, description="initial weights of towers, from another run")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -161,7 +164,9 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
-    trainer = Trainer(folder, steps, data, groups, engine, record, stop, config.checkpoint, facts, watchdog, teachers)
+    rejected = any(objective.rejected() for objective in config.objectives.values())
+    scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected)
+    trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, config.checkpoint, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
         trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
         trainer.evaluate_every = config.evaluation.every

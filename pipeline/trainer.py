@@ -7,9 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pipeline.data.loader import DataModule
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig
@@ -17,8 +14,8 @@ from pipeline.distributed.engine import Engine
 from pipeline.distributed.stop import Stop
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.record.metrics import Record
-from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.groups import GroupSelector
+from pipeline.selection.scoring import Choice, Scoring
 from pipeline.teachers.base import Teachers
 from pipeline.types import Batch, Selection
 
@@ -50,6 +47,7 @@ class Trainer:
     steps: int
     data: DataModule
     selector: GroupSelector
+    scoring: Scoring
     engine: Engine
     record: Record
     stop: Stop
@@ -73,13 +71,14 @@ class Trainer:
                     with p.timed("data"):
                         batch = self.data.next()
                     with p.timed("score"):
-                        features = self.score(batch)
-                        chosen, cosine = self.selector.select(batch, features, p.step)
+                        choice = self.choose(batch)
                     with p.timed("train"):
-                        taught = self.teachers(batch.take(chosen.rows))
+                        chosen = choice.selection
+                        taught = self.teachers(batch.take(chosen.rows, choice.features))
                         trained = self.engine.step(taught, Selection(chosen.rows, chosen.weights), p.step)
-                    self.advance(batch, chosen, features is not None)
-                    self.record.step(p, batch, chosen, cosine, trained, self.engine.rate(p.step - 1))
+                        choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
+                    self.advance(batch, choice)
+                    self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
                     if self.evaluate and p.step % self.evaluate_every == 0:
                         with p.timed("evaluate"):
                             self.evaluate(p.step)
@@ -90,26 +89,27 @@ class Trainer:
             self.record.trace.at(p.step)
         return p.step == self.steps
 
-    def score(self, batch: Batch) -> dict[str, Tensor] | None:
-        """The scoring pass, where the selector asks for one."""
+    def choose(self, batch: Batch) -> Choice:
+        """The scoring pass, where one is needed, and the choice."""
         if self.record.flops is None:  # once, on a real batch
-            dtype = torch.bfloat16 if self.engine.config.precision == "bf16" else torch.float32
-            self.record.flops = (forward_flops(self.engine, batch), measured_peak(self.engine.device, dtype))
-        return self.engine.features(batch) if self.selector.selector.needs(self.progress.step) else None
+            self.record.flops = self.scoring.cost(batch)
+            if self.engine.comm.rank == 0:
+                print(self.scoring.describe(self.record.flops), flush=True)
+        return self.scoring.choose(batch, self.progress.step)
 
-    def advance(self, batch: Batch, chosen: Selection, scored: bool) -> None:
+    def advance(self, batch: Batch, choice: Choice) -> None:
         """Counts one step."""
         p, size = self.progress, self.engine.comm.size
         p.step += 1
         p.offered += len(batch) * size
-        p.scored += len(batch) * size * scored
-        p.trained += len(chosen.rows) * size
+        p.scored += choice.scored * size
+        p.trained += len(choice.selection.rows) * size
         p.visit = p.offered / self.data.lanes.layout.num_samples
 
     def save(self) -> None:
         """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
         self.record.check_finite(self.engine.weight_norm())
-        table = self.selector.selector.state_dict()
+        table = self.scoring.state_dict()
         parts = [
             lambda _: self.record.flush(self.progress.step),
             self.engine.save,
@@ -124,7 +124,7 @@ class Trainer:
         if found is not None:
             folder, state = found
             self.engine.load(folder)
-            self.selector.selector.load_state_dict(checkpoint.read_lanes(folder, self.data.lanes))
+            self.scoring.load_state_dict(checkpoint.read_lanes(folder, self.data.lanes))
             self.data.load_state_dict(state["data"])
             self.progress = Progress(**state["progress"])
         self.record.resume(self.progress.step)

@@ -17,6 +17,7 @@ _CRD = _WIDTHS | {"projection": 6, "queue": 20, "samples": ROWS + 4, "drawn": 7,
 
 # every loss term of its own, and every option that changes what is computed; an objective that is not here is tested with its defaults
 CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "clip": {"selected": {}, "all": {"negatives": "all"}},
     "amid": {
         "all": _AMID | {"explicit_weight": 0.5},
         "I(T;S)": _AMID | _ONLY | {"student_weight": 1.0},
@@ -79,4 +80,8 @@ def batch_of(config: ObjectiveConfig, rows: int = ROWS, valid: torch.Tensor | No
             fields[name] = (ids != 2) & (ids != 9)
         else:
             fields[name] = (ids % CLASSES).masked_fill(ids == 4, -1)
-    return Batch(ids, ids, ids * 0, torch.ones(rows, dtype=torch.bool) if valid is None else valid, fields)
+    batch = Batch(ids, ids, ids * 0, torch.ones(rows, dtype=torch.bool) if valid is None else valid, fields)
+    if config.rejected():  # twice as many as are trained, some of which could not be decoded
+        left = features_of(config, 2 * rows, seed=8)
+        batch.unselected = {"image": left["image"], "text": left["text"], "valid": torch.arange(2 * rows) % 5 != 3}
+    return batch

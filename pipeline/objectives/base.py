@@ -25,6 +25,10 @@ class ObjectiveConfig(Component):
         """The batch fields it looks at itself (labels, "<modality>.present"); most read none."""
         return ()
 
+    def rejected(self) -> bool:
+        """Whether it wants the scoring embeddings of the candidates that were not chosen, as `batch.unselected`."""
+        return False
+
     def build(self) -> "Objective":
         """The objective of this config."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")

@@ -54,7 +54,7 @@ class Record:
     def __init__(self, config: RecordConfig, folder: Path, comm: Comm, accelerator: Any, num_samples: int, steps: int, seed: int) -> None:
         self.config, self.folder, self.comm, self.accelerator, self.steps = config, folder, comm, accelerator, steps
         self.trace = Trace(config.profile, folder)
-        self.flops: tuple[float, float] | None = None  # forward FLOP of a sample, FLOP/s of the machine; set by the trainer's first step
+        self.flops: tuple[float, float, float] | None = None  # of Scoring.cost; set by the trainer's first step
         self._log = _SelectionLog(folder / "selection", comm.rank, config.selection_samples / num_samples, seed)
         self._pending: list[tuple[int, Tensor, Trained]] = []
         self._since: tuple[float, ...] = ()
@@ -109,8 +109,8 @@ class Record:
             "wall_seconds": progress.seconds["total"],
         }
         if self.flops:
-            forward, peak = self.flops
-            values["flop_utilisation"] = forward * (scored + 3 * trained) / seconds / (peak * self.comm.size)
+            forward, scoring, peak = self.flops
+            values["flop_utilisation"] = (scoring * scored + 3 * forward * trained) / seconds / (peak * self.comm.size)
         self.event({"step": progress.step, "visit": progress.visit} | values)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} candidates/s, kept {values['kept_share']:.0%}", refresh=False)

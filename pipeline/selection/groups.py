@@ -17,7 +17,10 @@ class GroupSelector:
     def select(self, batch: Batch, features: dict[str, Tensor] | None, step: int) -> tuple[Selection, Tensor | None]:
         """The rows of the batch to train, ascending, and the cosine float32 [b] they were judged by (None: no scoring pass was asked for)."""
         needs = self.selector.needs(step)
-        cosine = kernels.cosine(features["image"], features["text"]) if features is not None else None
+        features = features or {}
+        cosine = features.get("cosine")  # given where it is not of this step's features alone
+        if cosine is None and features:
+            cosine = kernels.cosine(features["image"], features["text"])
         rows, ranked = [], []
         for first in range(0, len(batch), self.size):
             at = slice(first, first + self.size)
@@ -29,8 +32,8 @@ class GroupSelector:
                 sample=batch.sample[at],
                 valid=batch.valid[at],
                 step=step,
-                image=features["image"][at] if features is not None else None,
-                text=features["text"][at] if features is not None else None,
+                image=features["image"][at] if "image" in features else None,
+                text=features["text"][at] if "text" in features else None,
             )
             chosen = self.selector.select(group)
             rows.append(chosen.rows + first)

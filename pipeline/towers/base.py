@@ -50,6 +50,8 @@ class Tower(nn.Module):
     Features with a row for each sample have two dimensions or more; one dimension says: the same for all rows (the logit scale).
     """
 
+    patch_size: int | None = None  # pixels; a tower that has one embeds square images of any multiple of it, and the field image.patches
+
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Features from the fields that are there (evaluation gives images alone, or texts alone). `mask` marks absent modalities."""
         raise TypeError(f"{type(self).__name__} must define forward()")

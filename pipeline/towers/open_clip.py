@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.config import ConfigError, Strict, unknown
 from pipeline.data.decode import Decoder, ImageDecoder, TextDecoder
 from pipeline.data.text import BpeTokenizer, train_bpe
+from pipeline.towers._views import KEPT, allow_views
 from pipeline.towers.base import Tower, TowerConfig, TowerData, normalise_pixels
 
 logging.getLogger("open_clip").setLevel(logging.WARNING)
@@ -143,6 +144,7 @@ class OpenClip(Tower):
     def __init__(self, model: torch.nn.Module, preprocess: dict[str, Any]) -> None:
         super().__init__()
         self.model = model
+        self.patch_size = allow_views(model.visual)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]), persistent=False)
 
@@ -153,6 +155,8 @@ class OpenClip(Tower):
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             if "image" in fields:
                 pixels = normalise_pixels(fields["image"], self.mean, self.std)
+                if self.patch_size:
+                    self.model.visual.kept = fields.get(KEPT)
                 out["image"] = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
             if "text" in fields:
                 out["text"] = F.normalize(self.model.encode_text(fields["text"]).float(), dim=-1)

@@ -40,7 +40,9 @@ def compare(name: str, case: str, impl: str | None, valid: torch.Tensor, weighte
     mine = torch.arange(ROWS).chunk(comm.size)[comm.rank]
     part = {key: value[mine] if value.ndim >= 2 else value for key, value in features.items()}
     chosen = Selection(mine, {key: value[mine] for key, value in weights.items()})
-    loss, found, here = gradients(config, part, batch.take(mine), chosen, comm)
+    taken = batch.take(mine)
+    taken.unselected = batch.unselected and {key: value.chunk(comm.size)[comm.rank] for key, value in batch.unselected.items()}
+    loss, found, here = gradients(config, part, taken, chosen, comm)
     assert torch.allclose(comm.sum(loss) / comm.size, whole, rtol=1e-12, atol=0), (name, case, comm.sum(loss) / comm.size, whole)
     assert found.keys() == expected.keys() and here.keys() == state.keys()
     for key, gradient in found.items():

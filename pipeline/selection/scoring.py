@@ -1,0 +1,233 @@
+"""The scoring pass and its options: which candidates are embedded before the choice, how cheaply, and what stands in for the others.
+
+A full training step is 3 forwards a sample (one, and a backward of two). Selection at rate r costs 3 r + c, where c is the scoring
+pass in forwards of a sample; all the options lower c. What each costs is counted on the first batch and printed.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline import kernels
+from pipeline.config import ConfigError, Strict
+from pipeline.data.lanes import RankLanes
+from pipeline.hashing import hash_ids
+from pipeline.record.profile import forward_flops, measured_peak
+from pipeline.selection.groups import GroupSelector
+from pipeline.types import Batch, Selection
+
+PATCHES = "image.patches"
+
+
+class ScoringConfig(Strict):
+    """Ways to a cheaper scoring pass; with the defaults every candidate is embedded at every visit as it would be trained."""
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="autocast of the scoring pass alone; null: engine.precision"
+    )
+    image_size: int | None = Field(
+        None, ge=1, description="pixels: images are scored at this size, position embeddings interpolated; null: the trained size"
+    )
+    patches: float = Field(1.0, gt=0, le=1, description="share of an image's patches that is scored; the same ones at every visit")
+    every: int = Field(
+        1,
+        ge=1,
+        le=254,
+        description="after warm-up a sample is scored every n-th visit; in between its last score stands in for the new one",
+    )
+    reuse: bool = Field(
+        False,
+        description="trained rows take their score from the training forward (dropout included): a warm-up on all data needs no scoring pass",
+    )
+    micro_batch: int | None = Field(None, ge=1, description="rows of a rank that are scored at once; null: all")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "ScoringConfig":
+        if self.reuse and (self.image_size or self.patches < 1):
+            raise ValueError(
+                "reuse: scores of whole images in training cannot be compared with scores of image_size or patches; use one of them"
+            )
+        return self
+
+
+class Choice(NamedTuple):
+    """What is trained at a step, and what is known of the candidates."""
+
+    selection: Selection
+    cosine: Tensor | None = None  # float32 [b]; None: nothing was scored
+    features: dict[str, Tensor] | None = None  # of all b rows, for what wants the embeddings of rejected rows
+    scored: int = 0  # rows of this rank that were embedded
+    late: bool = False  # the table is still to be told, from the training forward
+
+
+class Scoring:
+    """Chooses a rank's rows. Its only state is `last`, float32 [N]: the cosine that stands in where a sample is not scored at every visit.
+
+    Which lanes are scored at a step is arithmetic: after warm-up lane l in its visit v is scored when n divides v + l, so about one
+    n-th of every batch is, whatever the number of ranks, and nothing has to be asked of the device.
+    """
+
+    def __init__(self, config: ScoringConfig, engine: Any, groups: GroupSelector, lanes: RankLanes, seed: int, negatives: bool) -> None:
+        """`negatives`: whether an objective wants the embeddings of rejected rows. Raises ConfigError for what cannot be had."""
+        self.config, self.engine, self.groups, self.lanes, self.seed, self.negatives = config, engine, groups, lanes, seed, negatives
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        self.last = torch.full((lanes.num_samples,), torch.nan, device=engine.device) if config.every > 1 else None
+        self._check(groups.selector)
+
+    def _check(self, selector: Any) -> None:
+        """Raises ConfigError for options that the towers or the selector do not have."""
+        config, needs = self.config, selector.needs(selector.warmup_steps)
+        if config.every > 1 and not needs <= {"cosine"}:
+            raise ConfigError(
+                f"scoring.every: {config.every}, but {selector.config.name} needs {', '.join(sorted(needs))} of every candidate at every "
+                "visit, and only a cosine can be remembered; set scoring.every=1"
+            )
+        if config.image_size is None and config.patches == 1:
+            return
+        sizes = {name: tower.patch_size for name, tower in self.engine.raw.towers.items()}
+        if None in sizes.values() or len(set(sizes.values())) != 1:
+            raise ConfigError(
+                f"scoring.image_size and scoring.patches need towers that embed parts and sizes of images, with patches of one size; here: {sizes}. "
+                "Set scoring.image_size=null and scoring.patches=1.0, or use an open_clip model whose image tower is a ViT"
+            )
+        (patch,) = set(sizes.values())
+        if config.image_size and config.image_size % patch:
+            raise ConfigError(f"scoring.image_size: {config.image_size} is no multiple of the towers' patches of {patch} px")
+
+    def choose(self, batch: Batch, step: int) -> Choice:
+        """The rows to train. Collective in ZeRO stage 3, with the same number of rows embedded on every rank."""
+        selector = self.groups.selector
+        needs, all_rows = selector.needs(step), selector.trains_all(step)
+        if self.config.reuse and all_rows and needs == {"cosine"}:
+            return Choice(Selection(torch.arange(len(batch), device=batch.slot.device)), late=True)
+        wanted = self.negatives and not all_rows
+        if not needs and not wanted:
+            return Choice(self.groups.select(batch, None, step)[0])
+        rows, padding = (None, 0) if selector.in_warmup(step) else self.rows(step)
+        if rows is None:
+            features = self.embed(batch)
+            selection, cosine = self.groups.select(batch, features, step)
+            self._remember(batch.slot, cosine, batch.valid)
+            return Choice(selection, cosine, features if wanted else None, len(batch))
+        return self._in_part(batch, torch.from_numpy(rows).to(batch.slot.device, non_blocking=True), padding, step, wanted)
+
+    def rows(self, step: int) -> tuple[np.ndarray | None, int]:
+        """The rows of this rank that are scored at `step` after warm-up, int64 (None: all), and how many more other ranks have at most."""
+        plan, every = self.lanes.layout, self.config.every
+        if every == 1:
+            return None, 0
+        visit = step * plan.per_lane // plan.size  # of each lane's first row
+        scored = (visit == 0) | ((visit + np.arange(plan.lanes)) % every == 0)
+        mine = np.flatnonzero(scored[self.lanes.lanes])
+        most = int(scored.reshape(-1, len(self.lanes.lanes)).sum(1).max())
+        if len(mine) == len(self.lanes.lanes):
+            return None, 0
+        rows = (mine[:, None] * plan.per_lane + np.arange(plan.per_lane)).ravel()
+        return rows, (most - len(mine)) * plan.per_lane
+
+    def _in_part(self, batch: Batch, rows: Tensor, padding: int, step: int, wanted: bool) -> Choice:
+        """Embeds some rows; the others have their last score, which is recorded nowhere: the table counts visits that were scored."""
+        embedded: dict[str, Tensor] | None = None
+        if len(rows) + padding:
+            filled = torch.cat([rows, rows.new_zeros(padding)])
+            found = self.embed(batch.map(lambda value: value[filled]))
+            cosine = kernels.cosine(found["image"], found["text"])[: len(rows)]
+            self._remember(batch.slot[rows], cosine, batch.valid[rows])
+            if wanted:
+                embedded = {name: _spread(found[name][: len(rows)], rows, len(batch)) for name in ("image", "text")}
+                embedded["embedded"] = torch.zeros_like(batch.valid).index_fill_(0, rows, True)
+        known = self.last[batch.slot]
+        if len(rows):
+            known = known.index_copy(0, rows, torch.where(batch.valid[rows], cosine, known[rows]))
+        stale = torch.ones_like(batch.slot).index_fill_(0, rows, 0).argsort(descending=True, stable=True)[: len(batch) - len(rows)]
+        slots, table = batch.slot[stale], self.groups.selector.state_dict()
+        before = {name: value[slots] for name, value in table.items()}
+        selection, _ = self.groups.select(batch, {"cosine": known}, step)
+        for name, value in before.items():
+            table[name].index_copy_(0, slots, value)
+        return Choice(selection, known, embedded, len(rows) + padding)
+
+    def learn(self, batch: Batch, choice: Choice, trained: Tensor | None, step: int) -> Choice:
+        """After the training step: its cosines [k] are scores too, where `reuse` says so. The choice, with what is now known of it."""
+        if not self.config.reuse:
+            return choice
+        if trained is None:
+            raise ConfigError("scoring.reuse: the towers give no image and text of one width to compare; set scoring.reuse=false")
+        rows = choice.selection.rows
+        if choice.late:
+            selection, cosine = self.groups.select(batch, {"cosine": trained}, step)
+            choice = choice._replace(selection=replace(selection, rows=rows), cosine=cosine)
+        self._remember(batch.slot[rows], trained, batch.valid[rows])
+        return choice
+
+    def _remember(self, slot: Tensor, cosine: Tensor | None, valid: Tensor) -> None:
+        if self.last is not None and cosine is not None:
+            self.last.index_copy_(0, slot, torch.where(valid, cosine, self.last[slot]))
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """The features of the scoring pass for all rows of a batch."""
+        view, rows = self.view(batch), self.config.micro_batch or len(batch)
+        if rows >= len(batch):
+            return self.engine.features(view, self.dtype)
+        pieces = [slice(first, first + rows) for first in range(0, len(batch), rows)]
+        parts = [self.engine.features(view.map(lambda value, at=at: value[at]), self.dtype) for at in pieces]
+        return {name: torch.cat([part[name] for part in parts]) if value.ndim >= 2 else value for name, value in parts[0].items()}
+
+    def view(self, batch: Batch) -> Batch:
+        """The batch as the scoring pass sees it: smaller images, the patches to keep. A sample's patches are the same at every visit,
+        for what is compared is its score with its history."""
+        config, fields = self.config, dict(batch.fields)
+        image = fields.get("image")
+        if image is None or (config.image_size is None and config.patches == 1):
+            return batch
+        if config.image_size:
+            small = F.interpolate(image.float(), (config.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+            image = fields["image"] = small if image.is_floating_point() else small.round_().to(image.dtype)
+        if config.patches < 1:
+            count = (image.shape[-1] // next(iter(self.engine.raw.towers.values())).patch_size) ** 2
+            lot = hash_ids(self.seed, -4, batch.sample[:, None], torch.arange(count, device=image.device))
+            fields[PATCHES] = lot.topk(max(1, int(config.patches * count)), dim=1).indices.sort(dim=1).values
+        return replace(batch, fields=fields)
+
+    def cost(self, batch: Batch) -> tuple[float, float, float]:
+        """FLOP of a sample's training forward and of its scoring forward, and the machine's FLOP/s in training's precision. Collective."""
+        forward = forward_flops(self.engine, batch)
+        return forward, forward_flops(self.engine, self.view(batch)), measured_peak(self.engine.device, self.engine.config.dtype)
+
+    def describe(self, costs: tuple[float, float, float]) -> str:
+        """The cost model in one line, from counted FLOP and, where precisions differ, this machine's rates of large products in both."""
+        forward, scoring, peak = costs
+        selector, every = self.groups.selector, self.config.every
+        faster = 1.0 if self.dtype in (None, self.engine.config.dtype) else measured_peak(self.engine.device, self.dtype) / peak
+        read = bool(selector.needs(selector.warmup_steps)) or self.negatives
+        share = read * scoring / forward / faster / every
+        rate = 1.0 if selector.trains_all(selector.warmup_steps) else self.groups.keep / self.groups.size
+        warm = 0.0 if not selector.needs(0) or (self.config.reuse and selector.trains_all(0)) else scoring / forward / faster
+        return (
+            f"scoring: a sample's scoring forward is {scoring / forward:.2f} of its training forward in FLOP"
+            + (f", {scoring / forward / faster:.2f} in time at {faster:.2f} times the rate" if faster != 1 else "")
+            + (f", every {every} visits" if every > 1 else "")
+            + f"; a step is {(share + 3 * rate) / 3:.2f} of full training's (scoring {share / 3:.2f} + rate {rate:.2f})"
+            + (f", in warm-up {(warm + 3 * (1.0 if selector.trains_all(0) else rate)) / 3:.2f}" if selector.in_warmup(0) else "")
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The selector's table, and the scores that stand in: one row a sample."""
+        return self.groups.selector.state_dict() | ({} if self.last is None else {"last": self.last})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state_dict` gave, of this rank's lanes. Raises ValueError when the length is another one."""
+        table = dict(state)
+        if self.last is not None:
+            self.last.copy_(table.pop("last"))
+        self.groups.selector.load_state_dict(table)
+
+
+def _spread(found: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[m, D] as rows `rows` of zeros [count, D]."""
+    return found.new_zeros(count, *found.shape[1:]).index_copy_(0, rows, found)

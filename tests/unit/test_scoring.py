@@ -1,0 +1,223 @@
+"""The options of the scoring pass: what each embeds, what stands in for it, and that training itself stays as it is."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline import kernels
+from pipeline.config import ConfigError, dump, load, parse
+from pipeline.data.lanes import RankLanes, SourceShape, layout
+from pipeline.run import RunConfig, build
+from pipeline.selection.scoring import Scoring, ScoringConfig
+from pipeline.trainer import Trainer
+from tests.runs import DEBUG, arguments, assert_same_end, columns, last_checkpoint, losses, put_back, selection_log
+
+VIT = """towers.student={name: open_clip, tokenizer: {kind: bpe, vocab_size: 300}, model: {embed_dim: 16,
+    vision_cfg: {image_size: 32, patch_size: 8, width: 32, layers: 1, head_width: 16}, text_cfg: {context_length: 8, width: 16, heads: 2, layers: 1}}}"""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What a run sets for its whole process is put back."""
+    with put_back():
+        yield
+
+
+@pytest.fixture
+def start(icons_small: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    """Builds the trainer of the debug config with overrides, in this process."""
+
+    def make(*overrides: str, out: str = "run") -> Trainer:
+        _, config, *given = arguments(icons_small, tmp_path / out, "data.workers=0", *overrides)
+        trainer, trainer.lock = build(load(RunConfig, config, given))
+        return trainer
+
+    return make
+
+
+def log_of(trainer: Trainer) -> dict[str, np.ndarray]:
+    return columns(selection_log(trainer.folder))
+
+
+def test_every_setting_survives_and_reuse_is_not_mixed_with_views() -> None:
+    given = {"precision": "bf16", "image_size": 16, "patches": 0.5, "every": 3, "reuse": False, "micro_batch": 5}
+    config = load(RunConfig, DEBUG, [f"scoring.{key}={json.dumps(value)}" for key, value in given.items()])
+    assert config.scoring.model_dump() == given and parse(RunConfig, dump(config), "again") == config
+    assert load(RunConfig, DEBUG, ["scoring.reuse=true"]).scoring.reuse
+    for other in ("image_size=16", "patches=0.5"):
+        with pytest.raises(ConfigError, match="cannot be compared"):
+            load(RunConfig, DEBUG, ["scoring.reuse=true", f"scoring.{other}"])
+
+
+def test_scores_of_another_precision_leave_training_as_it_was(start) -> None:
+    common = ("selector={name: dissect, rate: 1.0}", "steps=3", "visits=null", VIT)
+    plain, half = start(*common, out="plain"), start(*common, "scoring.precision=bf16", out="half")
+    assert plain.fit() and half.fit()
+    assert losses(plain.folder) == losses(half.folder)
+    scores = [log_of(trainer)["score"] for trainer in (plain, half)]
+    assert 0 < np.abs(scores[0] - scores[1]).max() < 2
+
+
+def test_views_are_smaller_images_and_some_patches(start) -> None:
+    trainer = start(VIT, "scoring.image_size=16", "scoring.patches=0.5", "scoring.micro_batch=7")
+    batch, tower = trainer.data.next(), trainer.engine.raw.towers["student"]
+    view = trainer.scoring.view(batch)
+    assert view.fields["image"].shape == (64, 3, 16, 16) and view.fields["image"].dtype == torch.uint8
+    kept = view.fields["image.patches"]
+    assert kept.shape == (64, 2) and (kept[:, 0] < kept[:, 1]).all() and len(kept.unique()) == 4 and batch.fields["image"].shape[-1] == 32
+    again = trainer.scoring.view(batch.map(lambda value: value.flip(0)))
+    assert torch.equal(again.fields["image.patches"].flip(0), kept), "the patches belong to the sample, not to its place"
+    whole = trainer.engine.features(view)
+    assert torch.allclose(trainer.scoring.embed(batch)["image"], whole["image"], atol=1e-5)
+    with torch.no_grad():
+        full = trainer.engine.features(batch)["image"]
+        everything = torch.arange(16).expand(64, -1)
+        same = tower.eval()(batch.fields | {"image.patches": everything})["image"]
+        assert torch.allclose(same, full, atol=1e-5) and not torch.allclose(whole["image"], full, atol=1e-3)
+        # patches that are not kept are not looked at
+        few, spoiled = torch.tensor([[0, 5]]).expand(64, -1), batch.fields["image"].clone()
+        spoiled[:, :, 16:, :], spoiled[:, :, :8, 8:], spoiled[:, :, 8:16, 16:] = 255, 255, 255
+        one, other = (tower({"image": image, "image.patches": few})["image"] for image in (batch.fields["image"], spoiled))
+        assert torch.equal(one, other)
+    trainer.steps = 3
+    assert trainer.fit() and trainer.progress.scored == trainer.progress.offered
+
+
+def test_position_embeddings_are_interpolated_for_smaller_images(start) -> None:
+    visual = start(VIT, "scoring.image_size=16").engine.raw.towers["student"].model.visual
+    with torch.no_grad():
+        visual.conv1.weight.zero_()
+        grid = visual.positional_embedding[1:].view(4, 4, -1)
+        grid.copy_(torch.arange(4.0)[:, None, None].expand_as(grid))  # grows downwards
+        visual.ln_pre = torch.nn.Identity()
+        rows = visual._embeds(torch.zeros(1, 3, 16, 16))[0, 1:, 0].view(2, 2)
+    assert torch.equal(rows[:, 0], rows[:, 1]) and rows[0, 0] < 1.5 < rows[1, 0]
+
+
+@pytest.mark.parametrize("option", ["image_size=8", "patches=0.5"])
+def test_a_tower_without_views_is_refused(start, option: str) -> None:
+    with pytest.raises(ConfigError, match=r"here: \{'student': None\}.*scoring.patches=1.0"):
+        start(f"scoring.{option}")
+
+
+def test_a_size_that_cuts_patches_and_a_loss_that_must_be_new_are_refused(start) -> None:
+    with pytest.raises(ConfigError, match="12 is no multiple of the towers' patches of 8 px"):
+        start(VIT, "scoring.image_size=12")
+    with pytest.raises(ConfigError, match="big_loss needs loss of every candidate"):
+        start("selector={name: big_loss}", "scoring.every=2")
+
+
+def test_which_lanes_are_scored_is_the_same_for_every_number_of_ranks() -> None:
+    plan = layout([SourceShape(np.array([0, 640]), 1.0)], 64, 8, 4, 4, 0)
+
+    def rows(size: int, step: int) -> list[tuple[list[int], int]]:
+        made = []
+        for rank in range(size):
+            scoring = Scoring.__new__(Scoring)
+            scoring.config, scoring.lanes = ScoringConfig(every=3), RankLanes(plan, rank, size)
+            found, padding = scoring.rows(step)
+            mine = np.arange(64 // size) if found is None else found
+            made.append(((mine + rank * 64 // size).tolist(), padding))
+        return made
+
+    seen = np.zeros(64, int)
+    for step in range(10, 40):  # visits 1, 2 and 3: steps of 64 of 640
+        alone = rows(1, step)[0][0]
+        for size in (2, 4):
+            parts = rows(size, step)
+            assert [row for part, _ in parts for row in part] == alone
+            assert len({len(part) + padding for part, padding in parts}) == 1, "every rank embeds as many rows"
+        seen[alone] += 1
+    assert (seen == 10).all(), "each place once in three visits"
+    assert rows(1, 0)[0][0] == list(range(64)), "a first visit has nothing that could stand in"
+
+
+def test_a_last_score_stands_in_and_is_not_recorded_as_a_visit(start) -> None:
+    trainer = start("scoring.every=2", "visits=8")
+    assert trainer.fit()
+    log, plan = log_of(trainer), trainer.data.lanes.layout
+    warm = plan.steps_for(2)
+    assert warm * 64 < trainer.progress.scored < 0.7 * trainer.progress.offered
+    changed, steps = [], []
+    for sample in np.unique(log["sample"]):
+        mine = log["sample"] == sample
+        scores, at = log["score"][mine], log["step"][mine]
+        later = at >= warm
+        changed.append(np.diff(scores) != 0)
+        steps.append(later[1:])
+    changed, later = np.concatenate(changed), np.concatenate(steps)
+    assert changed[~later].mean() > 0.95 and 0.4 < changed[later].mean() < 0.6
+    full = start("visits=8", out="full")
+    assert full.fit()
+    visits = [t.scoring.state_dict()["visits"].float().mean().item() for t in (trainer, full)]
+    assert visits[1] > 7.5 and visits[0] == pytest.approx(trainer.progress.scored / plan.num_samples, abs=0.1)
+    assert torch.equal(trainer.scoring.state_dict()["score"], trainer.selector.selector.scores.score)
+
+
+def test_training_forwards_can_replace_the_warm_ups_scoring_pass(start) -> None:
+    plain, reused = start(out="plain"), start("scoring.reuse=true", out="reused")
+    assert plain.fit() and reused.fit()
+    warm = plain.data.lanes.layout.steps_for(2) * 64
+    assert plain.progress.scored - reused.progress.scored == warm
+    here, there = log_of(plain), log_of(reused)
+    assert np.array_equal(here["kept"], there["kept"]) and losses(plain.folder) == losses(reused.folder)
+    assert np.allclose(here["score"], there["score"], atol=1e-3) and not np.isnan(there["score"]).any()
+
+
+def test_all_options_together_resume_to_the_same_bits(start, tmp_path: Path) -> None:
+    given = ("scoring.every=2", "scoring.reuse=true", "scoring.precision=bf16", "objectives.clip.negatives=all", "checkpoint.every=7")
+    assert start(*given, out="whole").fit()
+    stopped = start(*given, out="parts")
+    stopped.stop.agreed = lambda step: step == 14  # in the middle of a visit, after warm-up
+    assert not stopped.fit()
+    del stopped.lock
+    resumed = start(*given, out="parts")
+    assert resumed.progress.step == 14 and resumed.fit()
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert last_checkpoint(tmp_path / "parts").name == "step-00000018"
+
+
+def test_rejected_rows_are_negatives_without_gradient(start) -> None:
+    trainer = start("objectives.clip.negatives=all", "selector={name: dissect, rate: 0.5}")
+    batch = trainer.data.next()
+    choice = trainer.scoring.choose(batch, 0)
+    rows, features = choice.selection.rows, trainer.engine.features(batch)
+    taken = batch.take(rows, choice.features)
+    left = sorted(set(range(64)) - set(rows.tolist()))
+    assert len(taken) == 32 and torch.equal(taken.unselected["image"], features["image"][left]) and taken.unselected["valid"].all()
+    images, texts = (torch.cat([features[name][rows], features[name][left]]) for name in ("image", "text"))
+    images, texts = (value.double().requires_grad_() for value in (images, texts))
+    s, own = features["scale"].double(), torch.arange(32)
+    expected = (F.cross_entropy(s * images[:32] @ texts.T, own) + F.cross_entropy(s * texts[:32] @ images.T, own)) / 2
+    with torch.enable_grad():
+        out = trainer.engine.raw(taken, "train", choice.selection)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(out.cosine, kernels.cosine(features["image"][rows], features["text"][rows]), atol=1e-5)
+    plain = trainer.engine.raw(batch.take(rows), "train", choice.selection)
+    assert out.loss > plain.loss
+    expected.backward()
+    assert images.grad[32:].any(), "they push the chosen rows; that they are not pushed back is what detached means"
+    out.loss.backward()
+
+
+def test_random_rows_ask_for_a_scoring_pass_only_where_the_rejected_are_wanted(start) -> None:
+    for negatives, scored in (("selected", 0), ("all", 2 * 64)):
+        trainer = start(
+            "selector={name: random, rate: 0.5}", f"objectives.clip.negatives={negatives}", "steps=2", "visits=null", out=negatives
+        )
+        assert trainer.fit() and trainer.progress.scored == scored
+
+
+def test_the_cost_model_is_printed_at_the_first_step(start, capsys: pytest.CaptureFixture) -> None:
+    assert start(VIT, "scoring.image_size=16", "scoring.every=2", "steps=1", "visits=null").fit()
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring: "))
+    forward = float(said.split("forward is ")[1].split()[0])
+    assert 0.2 < forward < 0.6 and "every 2 visits" in said and "rate 0.50" in said
+    step, share = float(said.split("a step is ")[1].split()[0]), float(said.split("(scoring ")[1].split()[0])
+    assert share == pytest.approx(forward / 6, abs=0.011) and step == pytest.approx(share + 0.5, abs=0.011)
+    assert f"in warm-up {1 + forward / 3:.2f}" in said
