@@ -1,4 +1,4 @@
-"""python -m pipeline train CONFIG | evaluate RUN | report RUN...   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
+"""python -m pipeline train CONFIG | evaluate RUN | guide CONFIG | report RUN...   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
 
 import argparse
 import errno
@@ -39,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--templates", help="file of prompts with {}, one a line")
     evaluate.add_argument("--checkpoint", default="newest", help="newest, best, or a step")
     evaluate.add_argument("--quiet", action="store_true", help="write result.json without printing it")
+    guide = commands.add_parser("guide", help="several modalities: distil from uni-modal teachers (UMT) or average their models (UME)?")
+    guide.add_argument("config", help="the joint run: a fusion student with an input for each modality")
+    guide.add_argument("overrides", nargs="*", metavar="key.path=value")
+    guide.add_argument("--rule", choices=("probe", "val", "both"), default="probe", help="what decides; at chance probe gives way to val")
+    guide.add_argument(
+        "--delta", default="0", help="by how much the probe must win: a share, or 'error' for one standard error (default 0)"
+    )
+    guide.add_argument("--validation", help="held-out shards to choose on; default: evaluation.data")
+    guide.add_argument("--weight", type=float, default=0.1, help="of each teacher in UMT (default 0.1)")
     report = commands.add_parser("report", help="one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run")
@@ -117,6 +126,25 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def guide(args: argparse.Namespace) -> int:
+    """Trains the uni-modal runs, chooses, and says why and what to start next."""
+    from pipeline.distributed.launch import shutdown
+    from pipeline.evaluation.guided import guide
+    from pipeline.run import RunConfig
+
+    try:
+        delta = args.delta if args.delta == "error" else float(args.delta)
+    except ValueError:
+        raise ConfigError(f"--delta {args.delta}: expected a share such as 0.01, or 'error'") from None
+    config = load(RunConfig, args.config, args.overrides)
+    try:
+        choice, path = guide(config, args.rule, validation=args.validation, delta=delta, weight=args.weight)
+    finally:
+        shutdown()
+    print(f"{choice.method.upper()}: {choice.reason}\nnext: python -m pipeline train {path}")
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """Writes the page, says where, and prints the comparison."""
     from pipeline.record.report import write_report
@@ -134,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; what a user can mend is one message and exit code 2, not a traceback; storage that does not answer is 75."""
     args = parser().parse_args(arguments)
     try:
-        return {"train": train, "evaluate": evaluate, "report": report}[args.command](args)
+        return {"train": train, "evaluate": evaluate, "guide": guide, "report": report}[args.command](args)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("pipeline", "tools"):
             raise

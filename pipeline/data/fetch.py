@@ -18,6 +18,11 @@ from pipeline.types import Batch
 _LABELS = 0x6C6162656C  # keeps the draw of labels apart from that of the augmentation
 
 
+def labels_shown(seed: int, share: float, samples: np.ndarray) -> np.ndarray:
+    """bool [n]: of which samples (int64 [n]) a run of this seed is shown the label, by data.labelled."""
+    return hash_ids(seed, _LABELS, samples) < share * 2**63
+
+
 class Fetch(Dataset):
     """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer.
 
@@ -77,8 +82,8 @@ class Fetch(Dataset):
         for name in self.masked:
             fields[f"{name}.present"] = torch.tensor([item is not None for item in items[name]])
         if self.seed is not None and self.sources.classes is not None and self.sources.labelled < 1:
-            hidden = hash_ids(self.seed, _LABELS, rows.sample) >= self.sources.labelled * 2**63
-            fields["label"] = fields["label"].masked_fill(torch.from_numpy(hidden), -1)
+            shown = torch.from_numpy(labels_shown(self.seed, self.sources.labelled, rows.sample))
+            fields["label"] = fields["label"].masked_fill(~shown, -1)
         given = {f"{name}.{key}": value for name, read in self.teachers.items() for key, value in read(rows.sample).items()}
         columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
         return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad))

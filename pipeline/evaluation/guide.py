@@ -61,6 +61,10 @@ def probe(
     return F.linear(new, weight, bias).argmax(1).numpy()
 
 
+class NeedsUmt(ValueError):
+    """The rule wants to see a trained UMT's predictions."""
+
+
 class Choice(NamedTuple):
     """What to train, and why. Accuracies are shares in [0, 1] of the validation rows."""
 
@@ -88,7 +92,7 @@ def choose(
 
     `probe`: UMT where the probe beats the ensemble by more than `delta` ("error": one standard error of the paired difference). `val`: the
     better of the two on these rows, UME where they tie (SynLeaF's rule). `both`: where they disagree, `val` decides. The probe's rule is
-    not trusted unless every uni-modal model beats the commonest label by two standard errors; then `val` decides. Raises ValueError where
+    not trusted unless every uni-modal model beats the commonest label by two standard errors; then `val` decides. Raises NeedsUmt where
     `val` is needed and there are no predictions of a trained UMT.
     """
     labels = np.asarray(labels)
@@ -109,7 +113,7 @@ def choose(
     if blind:
         said = f"uni-modal model {blind[0]} is at {alone[blind[0]]:.1%}, within two standard errors of chance ({chance:.1%}): the probe is not trusted"
     if accuracy_umt is None:
-        raise ValueError(f"{said if blind else f'rule {rule}'}; train the distilled model too and give its predictions as `umt`")
+        raise NeedsUmt(f"{said if blind else f'rule {rule}'}; train the distilled model too and give its predictions as `umt`")
     by_val: Method = "umt" if accuracy_umt > facts[2] else "ume"
     against = f"validation: UMT {accuracy_umt:.1%}, UME {facts[2]:.1%}"
     if rule == "both" and not blind:

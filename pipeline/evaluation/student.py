@@ -27,7 +27,7 @@ def classifies(towers: dict[str, Any]) -> bool:
 @torch.inference_mode()
 def outputs(run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 256, workers: int = 2) -> dict[str, Tensor]:
     """Of every sample of the shards that can be decoded, in their order: the tower's features with rows (float32, on the CPU), `label`
-    int64 [n] and `<field>.present` bool [n] where a sample may lack the field. `run`: a pipeline.run.TrainedRun.
+    and `sample` int64 [n], and `<field>.present` bool [n] where a sample may lack the field. `run`: a pipeline.run.TrainedRun.
 
     Only the fields that this tower reads are decoded: what else it was trained with need not be there. Raises ConfigError, DataError.
     """
@@ -44,7 +44,7 @@ def outputs(run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 25
         rows = rows.to(run.device)
         with torch.autocast(run.device.type, precision.dtype, enabled=precision.precision != "fp32"):
             found = {name: value for name, value in model(rows.fields).items() if value.ndim == 2}
-        found |= {name: value for name, value in rows.fields.items() if value.ndim == 1}
+        found |= {name: value for name, value in rows.fields.items() if value.ndim == 1} | {"sample": rows.sample}
         for name, value in found.items():
             value = value[rows.valid].cpu()
             parts.setdefault(name, []).append(value.float() if value.is_floating_point() else value)
