@@ -71,3 +71,23 @@ def trained(icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = command_line([sys.executable, "-m", "pipeline", *arguments(icons_small, out)])
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 digits, noisy and clean."""
+    from tools.make_shards import main
+
+    out = tmp_path_factory.mktemp("digits") / "train"
+    assert main(["digits", str(out), "--num-train", "150", "--shard-size", "64", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def colour(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose student reads the clean digits: what other runs have for a teacher. Read only."""
+    from tests.distill import CLEAN, config, train
+
+    out = tmp_path_factory.mktemp("colour") / "run"
+    train(config(digits, out, CLEAN))
+    return out

@@ -1,13 +1,21 @@
 """Small runs of stage 2 for the tests: a student of noisy digits, and a teacher of clean ones that was trained before."""
 
+import io
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from pipeline.config import parse
 from pipeline.run import RunConfig, build
 from pipeline.trainer import Trainer
 from tests.runs import put_back
+from tools.make_shards import main as make_shards
 
 CLEAN = {
     "name": "image",
@@ -52,3 +60,39 @@ def train(config: RunConfig, look: Callable[[Trainer], Any] = lambda trainer: No
         assert trainer.fit()
         del lock
     return seen
+
+
+def live(run: Path, **given: object) -> dict[str, Any]:
+    """The teachers of a run: `colour`, the student of another one."""
+    return {"colour": {"name": "live", "run": str(run)} | given}
+
+
+def refused(config: RunConfig, error: type[Exception], match: str) -> None:
+    """Building it fails so."""
+    with put_back(), pytest.raises(error, match=match):
+        build(config)
+
+
+def gappy(folder: Path, rows: int = 40) -> Path:
+    """Shards of noise, in which every fifth sample has no `clean.png` and the 7th a broken one."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    with tarfile.open(folder / "000.tar", "w") as tar:
+        for row in range(rows):
+            members = {"image.png": _png(draw, 12), "clean.png": _png(draw, 8), "json": json.dumps({"label": row % 10}).encode()}
+            if row % 5 == 0:
+                del members["clean.png"]
+            if row == 7:
+                members["clean.png"] = b"no image"
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{row:05d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert make_shards(["tars", str(folder), "--shards", str(folder / "*.tar"), "--workers", "1"]) == 0
+    return folder
+
+
+def _png(draw: np.random.Generator, size: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(draw.integers(0, 256, (size, size), np.uint8)).save(out, "png")
+    return out.getvalue()

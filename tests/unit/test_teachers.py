@@ -9,36 +9,10 @@ from safetensors.torch import load_file
 
 from pipeline.config import ConfigError, parse
 from pipeline.distributed.checkpoint import CheckpointError
-from pipeline.run import RunConfig, build
+from pipeline.run import RunConfig
 from pipeline.task import check_wiring
-from tests.distill import CLEAN, FOLLOW, NOISY, config, train
-from tests.runs import last_checkpoint, losses, put_back
-from tools.make_shards import main as make_shards
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 digits, noisy and clean."""
-    out = tmp_path_factory.mktemp("digits") / "train"
-    assert make_shards(["digits", str(out), "--num-train", "150", "--shard-size", "64", "--workers", "1"]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def colour(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose student reads the clean digits."""
-    out = tmp_path_factory.mktemp("colour") / "run"
-    train(config(digits, out, CLEAN))
-    return out
-
-
-def live(run: Path, **given: object) -> dict:
-    return {"colour": {"name": "live", "run": str(run)} | given}
-
-
-def refused(config: RunConfig, error: type[Exception], match: str) -> None:
-    with put_back(), pytest.raises(error, match=match):
-        build(config)
+from tests.distill import CLEAN, FOLLOW, NOISY, config, live, refused, train
+from tests.runs import last_checkpoint, losses
 
 
 def test_a_live_teacher_gives_what_its_run_would_and_stays_as_it_is(digits: Path, colour: Path, tmp_path: Path) -> None:
