@@ -102,7 +102,7 @@ class RunConfig(Strict):
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps or max(1, int(self.visits * num_samples / self.data.batch))
+        return self.steps or max(1, int(self.visits * num_samples / self.data.pool))
 
     def binding(self) -> dict[str, Any]:
         """The part of the configuration that a checkpoint must agree with."""
@@ -141,7 +141,7 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     accelerator, comm = start(config.engine, folder, config.record.trackers)
     lock = open_run(config, comm)
     sources = Sources.open(config.data)
-    plan = layout(sources.shapes, config.data.batch, config.data.lanes, config.data.groups, config.data.window, config.seed)
+    plan = layout(sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
     plan.check_world(comm.size)
     teachers = Teachers.open(config.teachers, sources)
     facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}

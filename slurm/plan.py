@@ -41,7 +41,7 @@ def shapes(config: RunConfig, samples: int | None) -> list[SourceShape]:
 def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     """The lanes of the run. Raises ConfigError where this world size or batch cannot be dealt."""
     data = config.data
-    found = layout(shapes(config, samples), data.batch, data.lanes, data.groups, data.window, config.seed)
+    found = layout(shapes(config, samples), data.pool, data.lanes, data.groups, data.window, config.seed)
     found.check_world(world)
     found.keep(config.selector.rate)
     return found
@@ -71,7 +71,7 @@ def _as_planned(name: str, config: RunConfig) -> Any:
 def check(config: RunConfig, world: int) -> None:
     """Everything about a run that can be known before it starts and without its data. Raises ConfigError."""
     check_wiring(config.towers, config.objectives, {name: _as_planned(name, config) for name in config.teachers}, config.data)
-    plan(config, world, config.data.batch * 1000)
+    plan(config, world, config.data.pool * 1000)
 
 
 class Model(NamedTuple):

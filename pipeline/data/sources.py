@@ -51,6 +51,11 @@ class DataConfig(Strict):
         1.0, gt=0, le=1, description="share of the training samples whose label is shown, drawn by the run's seed; the others have label -1"
     )
     batch: int = Field(ge=1, description="candidate rows of one step, all ranks together")
+    candidates: int = Field(
+        1,
+        ge=1,
+        description="super-batch: n times as many candidates; with selector.rate 1/n a step still trains `batch` rows, all of them well chosen",
+    )
     lanes: int | None = Field(None, ge=1, description="None: the largest power of two that divides the batch, at most 1,024")
     groups: int = Field(8, ge=1, description="selection groups; top-k is taken inside each")
     window: int = Field(4, ge=1, description="shards that are shuffled together")
@@ -61,6 +66,11 @@ class DataConfig(Strict):
     )
     cache_gb: float = Field(50.0, gt=0)
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of undecodable samples that stops the run")
+
+    @property
+    def pool(self) -> int:
+        """Candidate rows of one step, all ranks together: N_b."""
+        return self.batch * self.candidates
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -243,6 +243,7 @@ def _pairs(run: Run) -> str:
 
 def _batch(config: dict) -> str:
     batch, groups = dig(config, "data.batch"), dig(config, "data.groups")
+    batch = batch and batch * (dig(config, "data.candidates") or 1)
     return "–" if batch is None else f"{batch} in {groups} groups" if groups else str(batch)
 
 

@@ -213,6 +213,13 @@ def test_random_rows_ask_for_a_scoring_pass_only_where_the_rejected_are_wanted(s
         assert trainer.fit() and trainer.progress.scored == scored
 
 
+def test_a_super_batch_trains_as_many_rows_as_the_batch_says(start) -> None:
+    trainer = start("data.batch=32", "data.candidates=2", "selector.rate=0.5", "visits=6")
+    assert trainer.steps == 18
+    batch = trainer.data.next()
+    assert len(batch) == 64 and len(trainer.scoring.choose(batch, 17).selection.rows) == 32
+
+
 def test_the_cost_model_is_printed_at_the_first_step(start, capsys: pytest.CaptureFixture) -> None:
     assert start(VIT, "scoring.image_size=16", "scoring.every=2", "steps=1", "visits=null").fit()
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring: "))
