@@ -67,18 +67,7 @@ class Trainer:
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
                 with p.timed("total"):
-                    self.record.trace.at(p.step)
-                    with p.timed("data"):
-                        batch = self.data.next()
-                    with p.timed("score"):
-                        choice = self.choose(batch)
-                    with p.timed("train"):
-                        chosen = choice.selection
-                        taught = self.teachers(batch.take(chosen.rows, choice.features))
-                        trained = self.engine.step(taught, Selection(chosen.rows, chosen.weights), p.step)
-                        choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
-                    self.advance(batch, choice)
-                    self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
+                    self.train_step()
                     if self.evaluate and p.step % self.evaluate_every == 0:
                         with p.timed("evaluate"):
                             self.evaluate(p.step)
@@ -88,6 +77,22 @@ class Trainer:
                             self.save()
             self.record.trace.at(p.step)
         return p.step == self.steps
+
+    def train_step(self) -> None:
+        """One step from the data to the record; what comes every so many steps is fit()'s."""
+        p = self.progress
+        self.record.trace.at(p.step)
+        with p.timed("data"):
+            batch = self.data.next()
+        with p.timed("score"):
+            choice = self.choose(batch)
+        with p.timed("train"):
+            chosen = choice.selection
+            taught = self.teachers(batch.take(chosen.rows, choice.features))
+            trained = self.engine.step(taught, Selection(chosen.rows, chosen.weights), p.step)
+            choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
+        self.advance(batch, choice)
+        self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
 
     def choose(self, batch: Batch) -> Choice:
         """The scoring pass, where one is needed, and the choice."""
