@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
-from pipeline.selection.groups import GroupSelector
+from pipeline.selection.groups import GlobalSelector, GroupSelector
 from pipeline.selection.scoring import Scoring, ScoringConfig
 from pipeline.task import Task, check_wiring
 from pipeline.teachers.base import TeacherConfig, Teachers
@@ -147,7 +148,7 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
-    keep = plan.keep(config.selector.rate)
+    size, keep = compete(config, plan)
     decoders = prepare(config, folder, sources, comm)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
     task = build_task(config, folder, comm)
@@ -160,7 +161,8 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
-    groups, stop = GroupSelector(selector, plan.batch // plan.groups, keep), Stop(config.stop, comm, lock.superseded if lock else None)
+    groups = GlobalSelector(selector, size, keep, comm) if config.selector.scope == "global" else GroupSelector(selector, size, keep)
+    stop = Stop(config.stop, comm, lock.superseded if lock else None)
     facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
@@ -175,6 +177,12 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
         accelerator.init_trackers("training", config={"config": to_yaml(config)})
     trainer.resume()
     return trainer, lock
+
+
+def compete(config: RunConfig, plan: Layout) -> tuple[int, int]:
+    """How many rows compete for how many places: those of a selection group, or of the whole batch (selector.scope). Raises ConfigError."""
+    plan = replace(plan, groups=1) if config.selector.scope == "global" else plan
+    return plan.batch // plan.groups, plan.keep(config.selector.rate)
 
 
 def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm) -> dict[str, Decoder]:
@@ -248,10 +256,10 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
         "commit": commit(folder),
     }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    size, keep = compete(config, plan)
     print(
         f"{folder}: {sources.num_samples} samples, {parameters / 1e6:.1f} M parameters on {facts['device']} x {engine.comm.size}; {steps} steps of "
-        f"{plan.batch} candidates in {plan.groups} groups; {config.selector.name} keeps {plan.keep(config.selector.rate)} of "
-        f"{plan.batch // plan.groups} after step {warmup}",
+        f"{plan.batch} candidates in {plan.batch // size} groups; {config.selector.name} keeps {keep} of {size} after step {warmup}",
         flush=True,
     )
 

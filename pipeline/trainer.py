@@ -17,7 +17,7 @@ from pipeline.record.metrics import Record
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.scoring import Choice, Scoring
 from pipeline.teachers.base import Teachers
-from pipeline.types import Batch, Selection
+from pipeline.types import Batch
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Progress:
     offered: int = 0
     scored: int = 0
     trained: int = 0
+    padded: int = 0  # rows that selector.scope global adds to make the ranks' shapes equal
     visit: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("data", "score", "train", "evaluate", "save", "total"), 0.0))
 
@@ -88,8 +89,8 @@ class Trainer:
             choice = self.choose(batch)
         with p.timed("train"):
             chosen = choice.selection
-            taught = self.teachers(batch.take(chosen.rows, choice.features))
-            trained = self.engine.step(taught, Selection(chosen.rows, chosen.weights), p.step)
+            taught = self.teachers(batch.take(chosen.rows, choice.features, chosen.padding))
+            trained = self.engine.step(taught, chosen, p.step)
             choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
         self.advance(batch, choice)
         self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
@@ -108,7 +109,10 @@ class Trainer:
         p.step += 1
         p.offered += len(batch) * size
         p.scored += choice.scored * size
-        p.trained += len(choice.selection.rows) * size
+        rows = len(choice.selection.rows) * size
+        trained = round(rows / choice.selection.scale)
+        p.trained += trained
+        p.padded += rows - trained
         p.visit = p.offered / self.data.lanes.layout.num_samples
 
     def save(self) -> None:

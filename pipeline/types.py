@@ -37,18 +37,25 @@ class Batch:
             teacher={name: change(value) for name, value in self.teacher.items()},
         )
 
-    def take(self, rows: Tensor, features: dict[str, Tensor] | None = None) -> "Batch":
-        """The rows that are trained; `rows` is int64 [k].
+    def take(self, rows: Tensor, features: dict[str, Tensor] | None = None, padding: Tensor | None = None) -> "Batch":
+        """The rows that are trained; `rows` is int64 [k]. Those that are `padding` (bool [k]) are not valid.
 
         `features` of all b rows (image and text [b, D], and a bool [b] `embedded` where not all rows have them) leave those of the
-        other rows in `unselected`: image, text and a bool `valid`, [b - k, ...].
+        other rows in `unselected`: image, text and a bool `valid`, [b - k, ...]; all b of them where some are padding.
         """
         taken = self.map(lambda value: value[rows])
+        if padding is not None:
+            taken.valid = taken.valid & ~padding
         if features is None:
             return taken
-        chosen = torch.zeros(len(self), dtype=torch.uint8, device=rows.device).index_fill_(0, rows, 1)
-        rest = chosen.argsort(stable=True)[: len(self) - rows.shape[0]]  # a choice by mask would wait for the device
         valid = self.valid & features["embedded"] if "embedded" in features else self.valid
+        chosen = torch.zeros(len(self), dtype=torch.uint8, device=rows.device)
+        if padding is None:
+            # a choice by mask would wait for the device
+            rest = chosen.index_fill_(0, rows, 1).argsort(stable=True)[: len(self) - rows.shape[0]]
+        else:
+            chosen.index_copy_(0, rows, (~padding).to(torch.uint8))
+            rest, valid = torch.arange(len(self), device=rows.device), valid & (chosen == 0)
         left = {"image": features["image"], "text": features["text"], "valid": valid}
         return replace(taken, unselected={name: value.detach()[rest] for name, value in left.items()})
 
@@ -83,6 +90,13 @@ class Selection:
     rows: Tensor  # int64 [k], ascending
     weights: dict[str, Tensor] = field(default_factory=dict)  # per-sample weights [k] by objective; empty means 1
     ranked_by: Tensor | None = None  # float32 [g], what the group was ranked by (largest kept); for the record only
+    padding: Tensor | None = None  # bool [k]: rejected rows that only make the ranks' shapes equal; not trained. None: none
+    scale: float = 1.0  # rows of all ranks, padding too, over those that are trained: what a mean over rows has to be multiplied by
+
+    def weight(self, objective: str, valid: Tensor) -> Tensor:
+        """float32 [k] >= 0: a row's weight in the mean over rows that this objective takes; 0 where `valid` (bool [k]) is False."""
+        given = self.weights.get(objective)
+        return (valid.float() if given is None else given.float().masked_fill(~valid, 0)) * self.scale
 
 
 class StepOutput(NamedTuple):

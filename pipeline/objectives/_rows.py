@@ -20,7 +20,6 @@ def weight_of(objective: str, batch: Batch, selection: Selection, present: str |
     `present` names a bool field [b] of the batch, by convention "<modality>.present". `followed`: features; of those that a frozen
     teacher gives, only the rows that it has seen count. Raises ConfigError where the batch has no field `present`.
     """
-    weight = selection.weights.get(objective, torch.ones(len(batch), device=batch.valid.device))
     used = batch.valid
     for teacher in {name.split(".")[0] for name in followed}:
         used = used & batch.teacher.get(f"{teacher}.present", used)
@@ -30,7 +29,7 @@ def weight_of(objective: str, batch: Batch, selection: Selection, present: str |
             known = sorted([*batch.fields, *batch.teacher])
             raise ConfigError(f"{objective}: the batch has no field {present!r} of rows; it has {known}. Leave `present` out")
         used = used & found.bool()
-    return weight.masked_fill(~used, 0)
+    return selection.weight(objective, used)
 
 
 def feature(objective: str, features: dict[str, Tensor], batch: Batch, name: str, weight: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ class Clip(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         image, text, rest = features["image"], features["text"], batch.unselected
-        weights = selection.weights.get("clip", batch.valid.to(image.dtype))
+        weights = selection.weight("clip", batch.valid)
         if rest is None:
             return clip_loss(image, text, features["scale"], weights=weights, comm=comm, impl=self.impl).loss
 

@@ -33,5 +33,5 @@ class Siglip(Objective):
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         image, text = features["image"], features["text"]
-        weights = selection.weights.get("siglip", batch.valid.to(image.dtype))
+        weights = selection.weight("siglip", batch.valid)
         return siglip_loss(image, text, features["scale"], self.bias, weights=weights, comm=comm, impl=self.impl).loss

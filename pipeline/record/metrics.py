@@ -97,12 +97,13 @@ class Record:
         values = dict(zip(names, shares.tolist())) | {"grad_norm": last.grad_norm.item(), "lr": lr}
         del self._pending[:-1]  # the last one stays: what it did to the weights is looked at when they are saved
         now = _now(progress)
-        seconds, waited, offered, trained, scored, steps = (after - before for after, before in zip(now, self._since))
+        seconds, waited, offered, trained, padded, scored, steps = (after - before for after, before in zip(now, self._since))
         self._since, rate = now, offered / seconds
         values |= {
             "candidates_per_second": rate,
             "trained_per_second": trained / seconds,
             "kept_share": trained / offered,
+            "padded_share": padded / (trained + padded),
             "data_wait_share": waited / seconds,
             "peak_memory_bytes": _peak_memory(self.accelerator.device),
             "eta_seconds": (self.steps - progress.step) * seconds / steps,
@@ -159,7 +160,15 @@ class Record:
 
 
 def _now(progress: Any) -> tuple[float, ...]:
-    return (time.perf_counter(), progress.seconds["data"], progress.offered, progress.trained, progress.scored, progress.step)
+    return (
+        time.perf_counter(),
+        progress.seconds["data"],
+        progress.offered,
+        progress.trained,
+        progress.padded,
+        progress.scored,
+        progress.step,
+    )
 
 
 def _step_of(line: str) -> int:
@@ -212,7 +221,7 @@ class _SelectionLog:
     def _rows(self, step: int, batch: Batch, chosen: Selection, cosine: Tensor | None) -> pa.Table:
         sample, rows = batch.sample.cpu().numpy(), len(batch)
         kept = np.zeros(rows, bool)
-        kept[chosen.rows.cpu().numpy()] = True
+        kept[chosen.rows.cpu().numpy()] = True if chosen.padding is None else ~chosen.padding.cpu().numpy()
         score = (100 * cosine).clamp_min(0).cpu().numpy() if cosine is not None else np.full(rows, np.nan, np.float32)
         ranked = chosen.ranked_by.cpu().numpy() if chosen.ranked_by is not None else np.full(rows, np.nan, np.float32)
         watched = batch.valid.cpu().numpy() & (hash_ids(self.seed, -3, sample) < self.below)

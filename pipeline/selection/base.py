@@ -20,6 +20,10 @@ class SelectorConfig(Component):
     """Settings that every selector shares, so that methods can be compared after the same warm-up."""
 
     rate: float = Field(0.5, gt=0, le=1, description="share of each selection group that is trained")
+    scope: Literal["group", "global"] = Field(
+        "group",
+        description="whose rows compete: those of a selection group (no collective), or of all ranks; data.groups then only limits world sizes",
+    )
     warmup_visits: int = Field(0, ge=0, le=254, description="visits of every sample before selection starts")
     warmup_data: Literal["all", "subset"] = Field("all", description="train on all rows in warm-up, or on a random subset at the same rate")
 
@@ -29,7 +33,7 @@ class SelectorConfig(Component):
 
 
 class Selector(ABC):
-    """Protocol of a selector; its only state is the score table."""
+    """Protocol of a selector; its only state is the score table, so that rows of other ranks can compete with this one's (scope: global)."""
 
     def __init__(self, config: SelectorConfig, num_samples: int, warmup_steps: int, seed: int) -> None:
         self.config = config
@@ -38,7 +42,7 @@ class Selector(ABC):
         self.scores = ScoreTable(num_samples)
 
     def needs(self, step: int) -> frozenset[str]:
-        """What `select` reads at this step beside ids: a subset of {"cosine", "loss"}; empty saves the scoring pass."""
+        """What `select` reads at this step beside ids: a subset of {"cosine", "loss", "image", "text"}; empty saves the scoring pass."""
         return frozenset()
 
     def trains_all(self, step: int) -> bool:
