@@ -1,6 +1,4 @@
-"""Level and change of the score together: a pair's mean score says whether it is clean, DISSect's differential which clean pair is due."""
-
-from typing import Literal
+"""Level and change of the score together: a pair's mean score says how likely it is clean, DISSect's differential which clean one is due."""
 
 import torch
 from pydantic import Field
@@ -9,15 +7,11 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.selection.base import Candidates, Selection, Selector, SelectorConfig
 
-ABOVE = 300.0  # lifts what passes the gate over every level; scores lie in [0, 100], differentials in [-100, 100]
-
 
 class Config(SelectorConfig):
-    """Ranks inside the gate by `order`; the gate itself has no setting."""
+    """`change` 0 ranks by the level alone; the larger it is, the more it is DISSect on the mean history."""
 
-    order: Literal["change", "lot"] = Field(
-        "change", description="of the pairs that pass: what is being forgotten first, or a random choice"
-    )
+    change: float = Field(0.3, ge=0, description="weight of the differential, in its group's standard deviations, beside log P(clean)")
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Blend":
         """See SelectorConfig.build."""
@@ -25,7 +19,7 @@ class Config(SelectorConfig):
 
 
 class Blend(Selector):
-    """A gate on the level of the score, and inside it the order of DISSect.
+    """Ranks by log P(clean | level) + c x change.
 
     Let s_it be the score of pair i at its visit t, in [0, 100]. Within the clean and within the noisy pairs take the history h and the
     present score s as jointly Gaussian with one covariance C; let D be the difference of the two means. The most powerful test of
@@ -44,14 +38,20 @@ class Blend(Selector):
     which one number a pair keeps as a running mean. It also forgives a warm-up of the wrong length: the frozen score of a late
     warm-up has lost the gap, the mean has not.
 
-    The gate is the split of a group's m into two classes that maximises the variance between them (Otsu, IEEE Trans. SMC 9(1), 1979;
-    the most likely hard assignment to two Gaussians of one variance). It follows the noise: where few pairs are clean few pass, and
-    the next ones by m fill up. What passes is not ranked by m, which would train the easiest pairs over and over and never the others
-    (it costs accuracy where no pair is noisy), but by d_i = m_i - s_i before the update, as DISSect ranks: a pair that was trained rises
-    above its mean and makes room for one that is being forgotten.
+    To rank by m alone trains the easiest pairs over and over and the others never; where no pair is noisy that costs accuracy. So m only
+    says how likely a pair is clean. A group's m is split in two so that the variance between the classes is largest (Otsu, IEEE Trans.
+    SMC 9(1), 1979: the most likely hard assignment to two Gaussians of one variance). With the classes' means a < b, their pooled
+    variance v and the cut t,
+
+        P(clean | m) = sigmoid((b - a) / v x (m - t)),
+
+    which saturates: among pairs that are clearly clean it says nothing more. There the change takes over, DISSect's d_i = m_i - s_i (m
+    before the update): a pair that was trained rises above its mean and makes room for one that is being forgotten. If what a pair
+    is worth grows with its change like exp(c z_i), z being d in standard deviations of the group, then the k rows of the largest expected
+    worth P(clean) exp(c z) are those of the largest log P(clean | m_i) + c z_i.
 
     State and costs are DISSect's: a score and a counter for each pair, and a sort of the group. A pair without history is judged by the
-    score it has now.
+    score it has now. The cut is as good as the group is large: 64 rows do.
     """
 
     def needs(self, step: int) -> frozenset[str]:
@@ -65,17 +65,39 @@ class Blend(Selector):
         )
         if self.in_warmup(group.step):
             return self.warmup(group)
-        level = self.scores.score[group.slot]
         counted = scored.current == scored.current  # NaN is no score
-        passes = level > split(level, counted if group.valid is None else counted & group.valid)
-        due = scored.differential if self.config.order == "change" else self.lot(group)
-        return self.ranked(group, torch.where(passes, ABOVE + due, level))
+        counted = counted if group.valid is None else counted & group.valid
+        change = scored.differential
+        spread = moments(change, counted)[1].sqrt().clamp_min(1e-6)
+        return self.ranked(group, log_clean(self.scores.score[group.slot], counted) + self.config.change * change / spread)
+
+
+def log_clean(level: Tensor, counted: Tensor) -> Tensor:
+    """log P(clean) float32 [g] of the levels float [g], by a split into two classes of the rows `counted` bool [g].
+
+    Asks nothing of the device: no branch on a value, no choice by mask. Without two different values every row is the same.
+    """
+    level = level.double()
+    cut = split(level, counted)
+    (low, below), (high, above) = (moments(level, counted & side) for side in (level <= cut, level > cut))
+    share = (counted & (level > cut)).double().mean() / counted.double().mean().clamp_min(1e-9)
+    pooled = ((1 - share) * below + share * above).clamp_min(1e-6)
+    slope = torch.where(share > 0, (high - low) / pooled, 0)
+    return torch.nn.functional.logsigmoid(slope * (level - cut)).float()
+
+
+def moments(value: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `value` float [g] over the rows `counted` bool [g]; 0 where there is none."""
+    weight, value = counted.to(value.dtype), value.masked_fill(~counted, 0)
+    count = weight.sum().clamp_min(1)
+    mean = value.sum() / count
+    return mean, (weight * (value - mean).square()).sum() / count
 
 
 def split(value: Tensor, counted: Tensor) -> Tensor:
-    """Otsu's threshold of `value` float [g] over the rows `counted` bool [g], float [1]: the largest value of the lower class.
+    """Otsu's threshold of `value` float [g] over the rows `counted` bool [g], float [1]: half way between the classes.
 
-    Asks nothing of the device: no branch on a value, no choice by mask. With one value or none the lower class holds everything.
+    With one value or none it is that of some row.
     """
     order = value.masked_fill(~counted, torch.inf).argsort()
     weight, ordered = counted[order].double(), value.masked_fill(~counted, 0)[order].double()  # NaN times 0 is NaN
@@ -83,4 +105,5 @@ def split(value: Tensor, counted: Tensor) -> Tensor:
     rest = count[-1:] - count
     between = (total * count[-1:] - total[-1:] * count).square() / (count * rest).clamp_min(1)
     cut = torch.where(rest > 0, between, -1).argmax(0, keepdim=True)
-    return ordered.gather(0, cut).to(value.dtype)
+    above = (cut + 1).clamp_max(len(value) - 1)
+    return ((ordered.gather(0, cut) + ordered.gather(0, above)) / 2).to(value.dtype)

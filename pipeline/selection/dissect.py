@@ -12,8 +12,10 @@ class Config(SelectorConfig):
     """`warmup`: the history is the score at a sample's last warm-up visit, then frozen. `momentum`: a moving average over all visits."""
 
     variant: Literal["warmup", "momentum"] = Field("warmup", description="what the current score is compared with")
-    momentum: float = Field(0.9, ge=0, lt=1, description="weight of the old history; variant momentum only")
-    history: Literal["last", "mean"] = Field("last", description="last warm-up visit, or the mean over them (a deviation from the paper)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="weight of the old history; variant momentum, and history ema")
+    history: Literal["last", "mean", "ema"] = Field(
+        "last", description="last warm-up visit; the mean over them, or a moving average (both deviate from the paper)"
+    )
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Dissect":
         """See SelectorConfig.build."""
@@ -52,4 +54,5 @@ class Dissect(Selector):
     def _rule(self, warmup: bool) -> dict[str, Any]:
         if self.config.variant == "momentum":
             return {"momentum": self.config.momentum}
-        return {"freeze": max(self.config.warmup_visits, 1) if warmup else 1, "mean": self.config.history == "mean"}
+        average = {"mean": {"mean": True}, "ema": {"momentum": self.config.momentum}}.get(self.config.history, {})
+        return {"freeze": max(self.config.warmup_visits, 1) if warmup else 1} | average

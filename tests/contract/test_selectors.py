@@ -1,7 +1,13 @@
 """One contract for every selector in the folder: a new file is tested before it has a test of its own."""
 
 import importlib
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,8 +19,19 @@ NAMES = names_in("pipeline.selection")
 SIZE, ROWS, KEEP = 200, 48, 12
 
 
+@cache
+def needed(name: str) -> dict[str, str]:
+    """Settings without which a selector cannot be built."""
+    if name != "rho_loss":
+        return {}
+    path = Path(mkdtemp()) / "table.parquet"
+    loss = np.random.default_rng(0).random(10_000 + SIZE, np.float32)
+    pq.write_table(pa.table({"sample": np.arange(len(loss)), "loss": loss}), path)
+    return {"table": str(path)}
+
+
 def build(name: str, **settings: object) -> Selector:
-    return importlib.import_module(f"pipeline.selection.{name}").Config(rate=0.25, **settings).build(num_samples=SIZE)
+    return importlib.import_module(f"pipeline.selection.{name}").Config(rate=0.25, **needed(name), **settings).build(num_samples=SIZE)
 
 
 def group(seed: int = 0, **changes: object) -> Candidates:
@@ -115,9 +132,9 @@ def test_state_goes_through_a_checkpoint(name: str) -> None:
 
 def test_warm_up_trains_all_rows_or_a_random_subset_of_the_same_size(name: str) -> None:
     module = importlib.import_module(f"pipeline.selection.{name}")
-    everything = module.Config(warmup_visits=1).build(num_samples=SIZE, warmup_steps=2)
+    everything = module.Config(warmup_visits=1, **needed(name)).build(num_samples=SIZE, warmup_steps=2)
     assert everything.trains_all(0) and everything.select(group(0)).rows.tolist() == list(range(ROWS))
-    subset = module.Config(warmup_visits=1, warmup_data="subset").build(num_samples=SIZE, warmup_steps=2)
+    subset = module.Config(warmup_visits=1, warmup_data="subset", **needed(name)).build(num_samples=SIZE, warmup_steps=2)
     chosen = [check(subset.select(group(step)), subset, group(step)) for step in range(2)]
     if not subset.trains_all(0):
         assert chosen[0] != chosen[1] and not subset.trains_all(1)

@@ -1,0 +1,85 @@
+"""The selectors that are there to be compared with: each one's rule on numbers small enough to do by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.selection import dissect, info_batch, rho_loss, scan
+from pipeline.selection.groups import GroupSelector
+from pipeline.types import Batch, Candidates
+
+ROWS = 20
+
+
+def group(step: int = 0, keep: int = 10, **values: torch.Tensor) -> Candidates:
+    return Candidates(torch.arange(ROWS), values.pop("cosine", None), keep, step=step, **values)
+
+
+def test_scan_draws_from_between_the_ends_and_fills_up_from_them() -> None:
+    selector = scan.Config(drop_lowest=0.2, drop_highest=0.1).build(ROWS)
+    cosine = torch.linspace(-0.9, 0.9, ROWS)
+    seen = [set(selector.select(group(step, cosine=cosine)).rows.tolist()) for step in range(30)]
+    assert set.union(*seen) == set(range(4, 18)) and len({frozenset(rows) for rows in seen}) > 10
+    assert set(range(4, 18)) < set(selector.select(group(keep=17, cosine=cosine)).rows.tolist())
+    refused = torch.arange(ROWS) >= 10  # the quantiles are of the rows that count
+    assert set(selector.select(group(keep=7, cosine=cosine, valid=refused)).rows.tolist()) == set(range(12, 19))
+
+
+def test_info_batch_is_unbiased_over_its_lots() -> None:
+    """The weighted sum over the kept rows is the sum over all rows, on average over steps."""
+    loss = torch.cat([torch.full((14,), 0.5), torch.full((6,), 3.0)])
+    value = torch.arange(ROWS, dtype=torch.float32)
+    selector, sums = info_batch.Config().build(ROWS), []
+    for step in range(4000):
+        chosen = selector.select(group(step, loss=loss))
+        assert set(range(14, 20)) <= set(chosen.rows.tolist())
+        assert chosen.weights["clip"].tolist() == [14 / 4 if row < 14 else 1.0 for row in chosen.rows.tolist()]
+        sums.append((chosen.weights["clip"] * value[chosen.rows]).sum())
+    assert torch.stack(sums).mean().item() == pytest.approx(value.sum().item(), rel=0.01)
+
+
+def test_info_batch_anneals_to_random_rows_without_weights() -> None:
+    selector = info_batch.Config(until=5).build(ROWS)
+    assert selector.needs(4) == {"loss"} and not selector.needs(5)
+    chosen = [selector.select(group(step)) for step in range(5, 45)]
+    assert not any(one.weights for one in chosen) and len({row for one in chosen for row in one.rows.tolist()}) == ROWS
+
+
+def test_weights_of_the_groups_are_joined_in_order() -> None:
+    selector = GroupSelector(info_batch.Config().build(2 * ROWS), size=ROWS, keep=16)
+    ids = torch.arange(2 * ROWS)
+    batch = Batch(ids, ids, torch.zeros_like(ids), torch.ones(2 * ROWS, dtype=torch.bool), {})
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 2 * ROWS, 8, generator=generator), dim=2)
+    chosen, _ = selector.select(batch, {"image": image, "text": text, "scale": torch.tensor([10.0])}, 0)
+    assert chosen.weights["clip"].shape == chosen.rows.shape == (32,) and (chosen.weights["clip"] != 1).any()
+
+
+def test_rho_loss_ranks_by_what_is_left_over_the_reference(tmp_path: Path) -> None:
+    reference, shuffled = np.linspace(0, 3, ROWS, dtype=np.float32), np.random.default_rng(0).permutation(ROWS)
+    pq.write_table(pa.table({"sample": shuffled, "loss": reference[shuffled]}), tmp_path / "table.parquet")
+    selector = rho_loss.Config(table=str(tmp_path / "table.parquet")).build(ROWS)
+    loss = torch.full((ROWS,), 1.0)
+    loss[15] = 9.0
+    assert selector.select(group(keep=3, loss=loss)).rows.tolist() == [0, 1, 15]
+
+
+@pytest.mark.parametrize("samples, losses", [([0, 2], [1.0, 1.0]), ([0, 0], [1.0, 1.0]), ([0, 1], [1.0, float("nan")]), ([], [])])
+def test_rho_loss_refuses_a_table_that_is_none(tmp_path: Path, samples: list[int], losses: list[float]) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"sample": pa.array(samples, pa.int64()), "loss": pa.array(losses, pa.float32())}), path)
+    for table in (str(path), str(tmp_path / "nowhere.parquet"), None):
+        with pytest.raises(ConfigError, match=r"selector.table: .*tools.irreducible_loss"):
+            rho_loss.Config(table=table).build(ROWS)
+
+
+def test_dissect_can_compare_with_a_moving_average_of_the_warm_up() -> None:
+    selector = dissect.Config(warmup_visits=3, history="ema", momentum=0.5).build(ROWS, warmup_steps=3)
+    for step, cosine in enumerate((0.2, 0.4, 0.8, 0.1)):
+        selector.select(group(step, cosine=torch.full((ROWS,), cosine)))
+    assert selector.scores.score.tolist() == pytest.approx([0.5 * (0.5 * 20 + 0.5 * 40) + 0.5 * 80] * ROWS)
