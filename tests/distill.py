@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import parse
+from pipeline.config import parse, to_yaml
 from pipeline.run import RunConfig, build
 from pipeline.trainer import Trainer
 from tests.runs import put_back
@@ -35,6 +35,19 @@ FOLLOW = CE | {
     "logits": {"name": "logit_kd", "teacher": "colour.logits"},
 }
 
+FUSED = {"name": "fusion", "inputs": {"image": NOISY, "clean": CLEAN}, "hidden": 32, "embed_dim": 16, "classes": 10}
+THREE = {"student": NOISY, "teacher": FUSED, "auxiliary": CLEAN}
+WIDTHS = {"student_width": 16, "teacher_width": 16}
+# everything of stage 2 that has state: an online teacher, a critic with its optimizer, queues, a bank, a projector, a frozen teacher
+AMID = CE | {
+    "teacher_ce": {"name": "cross_entropy", "feature": "teacher.logits"},
+    "auxiliary_ce": {"name": "cross_entropy", "feature": "auxiliary.logits"},
+    "amid": {"name": "amid", "auxiliary_width": 16, "negatives": "queue", "queue": 64} | WIDTHS,
+    "crd": {"name": "crd", "teacher": "colour.embedding", "negatives": "bank", "samples": 150, "drawn": 64} | WIDTHS,
+    "kd": {"name": "feature_kd", "teacher": "colour.embedding", "projector": "linear"} | WIDTHS,
+    "logits": {"name": "logit_kd", "teacher": "colour.logits"},
+}
+
 
 def config(shards: Path, out: Path, tower: dict[str, Any] = NOISY, **given: Any) -> RunConfig:
     """A run of 6 steps on digits; `given` replaces top-level keys."""
@@ -50,6 +63,14 @@ def config(shards: Path, out: Path, tower: dict[str, Any] = NOISY, **given: Any)
         "record": {"log_every": 1},
     }
     return parse(RunConfig, values | given, "test")
+
+
+def command(config: RunConfig) -> list[str]:
+    """The command line that trains it."""
+    path = Path(config.out).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return ["train", str(path)]
 
 
 def train(config: RunConfig, look: Callable[[Trainer], Any] = lambda trainer: None) -> Any:

@@ -1,6 +1,7 @@
 """Runs one experiment over paired seeds and prints what every method reached, and every comparison that was promised.
 
 python -m benchmarks.kd {digits,collapse,split} --seeds 10 [--first 100] [--json FILE]
+python -m benchmarks.kd speed [--rounds 40] [--json FILE]
 """
 
 import argparse
@@ -48,12 +49,17 @@ def judged(bars: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     """Runs and prints; the exit code is 0 whatever comes out, the table says it."""
     parser = argparse.ArgumentParser("benchmarks.kd", description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "speed"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=100, help="the first seed; 100 and up were used for no choice of settings")
+    parser.add_argument("--rounds", type=int, default=40, help="speed: steps of each method")
     parser.add_argument("--json", help="write all numbers there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.experiment == "speed":
+        from benchmarks.kd.speed import report
+
+        return report(options.rounds, options.json)
     experiment, began = importlib.import_module(f"benchmarks.kd.{options.experiment}"), time.perf_counter()
     results = []
     for seed in range(options.first, options.first + options.seeds):

@@ -125,7 +125,7 @@ def test_a_modality_that_no_sample_has_is_an_error_at_start(shards: Path, tmp_pa
     assert not masked.fields["effect.present"].any() and masked.valid.all()
     with pytest.raises(DataError, match="no sample has the modality"):
         fetch(shards, made, seed=None, modalities={})
-    with pytest.raises(DataError, match=r"no tower reads speach; the towers read line"):
+    with pytest.raises(DataError, match=r"no tower and no teacher reads speach; they read line"):
         fetch(shards, decoders(tmp_path, tower(**LINE)), modalities={"speach": {}})
 
 
