@@ -25,6 +25,7 @@ from pipeline.distributed.engine import Engine, EngineConfig
 from pipeline.distributed.launch import describe_device, start
 from pipeline.distributed.lock import Lock
 from pipeline.distributed.optimizer import OptimizerConfig
+from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop, StopConfig
 from pipeline.distributed.watchdog import Watchdog, WatchdogConfig
 from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
@@ -162,13 +163,14 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector.scores.to(engine.device)
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
     groups = GlobalSelector(selector, size, keep, comm) if config.selector.scope == "global" else GroupSelector(selector, size, keep)
-    stop = Stop(config.stop, comm, lock.superseded if lock else None)
+    saver = Saver(config.checkpoint, folder, comm, lock.taken if lock else None)
+    stop = Stop(config.stop, comm, lock.superseded if lock else None, saver.failed)
     facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
     rejected = any(objective.rejected() for objective in config.objectives.values())
     scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected)
-    trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, config.checkpoint, facts, watchdog, teachers)
+    trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
         trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
         trainer.evaluate_every = config.evaluation.every

@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.data.loader import DataModule
 from pipeline.distributed import checkpoint
-from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.engine import Engine
+from pipeline.distributed.host import Files, Host
+from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.record.metrics import Record
@@ -30,7 +31,11 @@ class Progress:
     trained: int = 0
     padded: int = 0  # rows that selector.scope global adds to make the ranks' shapes equal
     visit: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("data", "score", "train", "evaluate", "save", "total"), 0.0))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """save: what saving held up training; write: from the beginning of a save to its COMMIT, most of it beside training."""
+        self.seconds = dict.fromkeys(("data", "score", "train", "evaluate", "save", "write", "total"), 0.0) | self.seconds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -52,7 +57,7 @@ class Trainer:
     engine: Engine
     record: Record
     stop: Stop
-    checkpoints: CheckpointConfig
+    saver: Saver
     facts: dict[str, Any]  # what a checkpoint must agree with
     watchdog: Watchdog
     teachers: Teachers
@@ -64,7 +69,8 @@ class Trainer:
         """Trains to the last step, or until a signal asks to stop; a checkpoint is written either way. True when training is complete."""
         p = self.progress
         stopping = False
-        with self.stop, self.watchdog.over(lambda: (p.step, self.engine.forwards)), closing(self.record):
+        alive = lambda: (p.step, self.engine.forwards, self.saver.moved)  # noqa: E731
+        with self.stop, self.watchdog.over(alive), closing(self.record), self.saver:
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
                 with p.timed("total"):
@@ -73,9 +79,11 @@ class Trainer:
                         with p.timed("evaluate"):
                             self.evaluate(p.step)
                     stopping = self.stop.agreed(p.step)
-                    if stopping or p.step == self.steps or p.step % self.checkpoints.every == 0:
+                    if stopping or p.step == self.steps or p.step % self.saver.config.every == 0:
                         with p.timed("save"):
                             self.save()
+            with p.timed("total"), p.timed("save"):
+                self.settle()  # nothing is left to train beside the last one
             self.record.trace.at(p.step)
         return p.step == self.steps
 
@@ -116,16 +124,21 @@ class Trainer:
         p.visit = p.offered / self.data.lanes.layout.num_samples
 
     def save(self) -> None:
-        """Writes a checkpoint; collective. The selection log goes first: a checkpoint vouches for what was recorded before it."""
+        """Begins a checkpoint, when the one before is whole; collective. Raises CheckpointError, for the one before too."""
         self.record.check_finite(self.engine.weight_norm())
-        table = self.scoring.state_dict()
-        parts = [
-            lambda _: self.record.flush(self.progress.step),
-            self.engine.save,
-            lambda folder: checkpoint.write_lanes(folder, self.data.lanes, table),
-        ]
-        facts = self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}
-        checkpoint.write(self.folder, self.progress.step, self.engine.comm, facts, parts, self.checkpoints.keep)
+        self.settle()
+        self.saver.save(self.progress.step, self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}, self.files)
+
+    def files(self, host: Host) -> Files:
+        """What this rank saves. The selection log goes first: a checkpoint vouches for what was recorded before it."""
+        self.record.flush(self.progress.step)
+        return self.engine.files(host) | checkpoint.lanes_file(self.data.lanes, self.scoring.state_dict(), host)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written, if one is, and counts what it took. Collective."""
+        if saved := self.saver.wait():
+            self.progress.seconds["write"] += saved.seconds
+            self.record.also(save_bytes=saved.size, save_seconds=saved.seconds, save_stall_seconds=saved.stalled)
 
     def resume(self) -> int:
         """Goes to the newest checkpoint, if there is one, and gives its step. Raises CheckpointError."""

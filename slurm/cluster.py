@@ -41,7 +41,7 @@ class ClusterConfig(Strict):
     mem_gb: float | None = Field(None, gt=0, description="memory of a node; None: the partition's default")
     minutes: int = Field(60, ge=1, description="time limit of one start; a job that reaches it saves and is queued again")
     signal_delay: int = Field(
-        120, ge=1, description="seconds before the time limit at which the ranks are told; more than a step and a save take"
+        120, ge=1, description="seconds before the time limit at which the ranks are told; more than a step and two saves take, for one may be under way"
     )
     crashes: int = Field(
         3, ge=0, description="how often in a row a job whose process was killed is started again without having reached a later checkpoint"

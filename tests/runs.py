@@ -125,10 +125,10 @@ class Launcher:
         """Starts and waits for exit code 0; gives stdout and stderr."""
         return self.start(command, **environment).finish()
 
-    def ranks(self, size: int, command: Sequence[str], port: int) -> list[Child]:
+    def ranks(self, size: int, command: Sequence[str], port: int, **environment: str) -> list[Child]:
         """Starts one process for each rank with the variables that torchrun sets."""
         world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [self.start(command, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(size)]
+        return [self.start(command, RANK=str(rank), LOCAL_RANK=str(rank), **world, **environment) for rank in range(size)]
 
     def close(self) -> None:
         """Ends the server; the children have ended by then."""

@@ -1,6 +1,7 @@
 """Modules that some objectives train against, outside of the Task: small, replicated on every rank, each with an AdamW of its own."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.comm import Comm
+from pipeline.distributed.host import Files, Host
 
 FILE = "adversaries.safetensors"
 
@@ -43,21 +45,20 @@ class Adversaries:
                 parameter.grad = self.comm.sum(parameter.grad) / self.comm.size
             adam.step()
 
-    def save(self, folder: Path) -> None:
-        """Rank 0 writes weights and moments; nothing is written where there are none."""
+    def file(self, host: Host) -> Files:
+        """Rank 0's file of weights and moments; none where there are none."""
         if not self._all or self.comm.rank:
-            return
+            return {}
         tensors, steps = {}, {}
         for path, parameter, state in self._parameters():
-            tensors[f"weight|{path}"] = parameter.detach().cpu().clone()
-            for moment in ("exp_avg", "exp_avg_sq") if state else ():
-                tensors[f"{moment}|{path}"] = state[moment].cpu().clone()
+            values = {"weight": parameter} | {moment: state[moment] for moment in ("exp_avg", "exp_avg_sq") if state}
+            tensors |= {f"{name}|{path}": host.take(f"adversary|{name}|{path}", value) for name, value in values.items()}
             steps[path] = int(state["step"]) if state else 0
-        save_file(tensors, folder / FILE, {"steps": json.dumps(steps)})
+        return {FILE: partial(save_file, tensors, metadata={"steps": json.dumps(steps)})}
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """What `save` wrote, on every rank. Raises CheckpointError where the checkpoint holds other ones."""
+        """What `file` wrote, on every rank. Raises CheckpointError where the checkpoint holds other ones."""
         if not self._all:
             return
         if not (folder / FILE).is_file():

@@ -1,11 +1,9 @@
 """Checkpoints that are either whole or do not exist: COMMIT is written last and lists every file with size and SHA-256."""
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.data.lanes import RankLanes
-from pipeline.distributed.comm import Comm
+from pipeline.distributed.host import Files, Host
 
 FORMAT = 2  # 1: torch's optimizer.bin, which only the same number of ranks could read
 
@@ -30,6 +28,11 @@ class CheckpointConfig(Strict):
 
     every: int = Field(500, ge=1, description="steps between checkpoints; one is always written at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    asynchronous: bool = Field(
+        True,
+        description="training goes on while a checkpoint is written, from a copy in host memory that is kept: this rank's share of the "
+        "moments, and on rank 0 the weights. false: training waits, and nothing is copied that is on the host",
+    )
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -37,83 +40,25 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def write(run: Path, step: int, comm: Comm, facts: dict[str, Any], parts: list[Callable[[Path], None]], keep: int) -> Path:
-    """Writes one checkpoint. Collective: every rank runs `parts` (each gets the folder), rank 0 commits, then old ones go.
-
-    Raises CheckpointError when the disk is full or fails; the earlier checkpoints stay as they are.
-    """
-    folder = folder_of(run, step)
-
-    def begin(folder: Path) -> None:
-        if comm.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # an attempt that was cut off
-            folder.mkdir(parents=True)
-
-    def finish(folder: Path) -> None:
-        if comm.rank == 0:
-            _write_durably(folder / "run.json", json.dumps({"format": FORMAT, "step": step} | facts, indent=1))
-            _commit(folder)
-            _retire(run, keep)
-
-    for part in (begin, *parts, finish):
-        trouble = _attempt(part, folder)
-        if comm.any(trouble is not None):  # also waits for all of them
-            raise _failed(folder, comm, trouble) from trouble
-    return folder
+def commit(folder: Path, files: dict[str, Any]) -> None:
+    """Makes a folder a checkpoint: `files` by name as `fingerprint` gives them, all of them on disk."""
+    write_durably(folder / "COMMIT", json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
+    sync(folder.parent)
 
 
-def _attempt(part: Callable[[Path], None], folder: Path) -> Exception | None:
-    """What went wrong with the disk, if anything: the ranks must agree before one of them leaves, or the others wait for ever."""
-    try:
-        part(folder)
-    except (OSError, RuntimeError) as error:  # torch's writers say RuntimeError, safetensors its own subclass of Exception
-        return error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        return error
-    return None
-
-
-def _failed(folder: Path, comm: Comm, error: Exception | None) -> CheckpointError:
-    if comm.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    if error is None:
-        return CheckpointError(
-            f"{folder}: could not be written by another rank; its message says why. Earlier checkpoints stay as they were"
-        )
-    full = (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        or "space" in str(error).lower()
-        or "enforce fail" in str(error)
-        or any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # safetensors' words
-    )
-    free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.exists() else 0
-    hint = f"{free:.0f} MB are free there; make room, or lower checkpoint.keep" if full else "look at the file system"
-    return CheckpointError(
-        f"{folder}: could not be written ({type(error).__name__}: {error}). Earlier checkpoints stay as they were. {hint}, then start the same command again"
-    )
-
-
-def _commit(folder: Path) -> None:
-    files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "COMMIT"}
-    for name in files:
-        _sync(folder / name)
-    _write_durably(folder / "COMMIT", json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _sync(folder.parent)
-
-
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
+    """A small file that is whole and on disk, or does not exist."""
     partial = path.with_name(path.name + ".part")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,17 +66,23 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What COMMIT says about a file."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _retire(run: Path, keep: int) -> None:
+def superfluous(run: Path, keep: int) -> list[Path]:
+    """All but the newest `keep` checkpoints: also what was cut off while it was written, or deleted."""
     folders = _folders(run)
-    kept = [p for p in folders if (p / "COMMIT").is_file()][-keep:]
-    for old in (p for p in folders if p not in kept):  # also what was cut off while it was written, or deleted
-        (old / "COMMIT").unlink(missing_ok=True)  # first, so that a half-deleted folder is never mistaken for a checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [folder for folder in folders if (folder / "COMMIT").is_file()][-keep:]
+    return [folder for folder in folders if folder not in kept]
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint, COMMIT first: a half-deleted folder is never mistaken for one."""
+    (folder / "COMMIT").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(run: Path) -> list[Path]:
@@ -155,7 +106,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: has no COMMIT, so it was never finished; use an earlier checkpoint")
     for name, expected in _committed_files(folder).items():
         path = folder / name
-        found = _fingerprint(path) if path.is_file() else "nothing"
+        found = fingerprint(path) if path.is_file() else "nothing"
         if found != expected:
             raise CheckpointError(
                 f"{path}: was changed after it was committed (COMMIT says {expected}, found {found}). "
@@ -227,14 +178,17 @@ def _differences(was: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any
     return [] if was == now else [(path, was, now)]
 
 
-def write_lanes(folder: Path, lanes: RankLanes, table: dict[str, torch.Tensor]) -> None:
+def lanes_file(lanes: RankLanes, table: dict[str, torch.Tensor], host: Host) -> Files:
     """This rank's score table, one row group a lane; the ids are implied by the lanes' order."""
-    columns = {name: pa.array(tensor.cpu().numpy()) for name, tensor in table.items()}
-    rows = pa.table(columns)
-    path = folder / f"lanes-{lanes.lanes[0]:05d}-{lanes.lanes[-1]:05d}.parquet"
-    with pq.ParquetWriter(path, rows.schema, compression="zstd") as writer:
-        for first, last in zip(lanes.start[:-1], lanes.start[1:]):
-            writer.write_table(rows.slice(first, last - first), row_group_size=max(1, int(last - first)))
+    columns = {name: host.take(f"lanes|{name}", tensor) for name, tensor in table.items()}
+
+    def write(path: Path) -> None:
+        rows = pa.table({name: pa.array(column.numpy()) for name, column in columns.items()})
+        with pq.ParquetWriter(path, rows.schema, compression="zstd") as writer:
+            for first, last in zip(lanes.start[:-1], lanes.start[1:]):
+                writer.write_table(rows.slice(first, last - first), row_group_size=max(1, int(last - first)))
+
+    return {f"lanes-{lanes.lanes[0]:05d}-{lanes.lanes[-1]:05d}.parquet": write}
 
 
 def read_lanes(folder: Path, lanes: RankLanes) -> dict[str, torch.Tensor]:

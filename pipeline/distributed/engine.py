@@ -1,4 +1,4 @@
-"""Optimizer, precision and process wrapping, through accelerate. The trainer sees `features`, `step`, `save`, `load`."""
+"""Optimizer, precision and process wrapping, through accelerate. The trainer sees `features`, `step`, `files`, `load`."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pipeline.config import ConfigError, Strict
 from pipeline.distributed import state, zero
 from pipeline.distributed.adversaries import Adversaries
 from pipeline.distributed.comm import Comm
+from pipeline.distributed.host import Files, Host
 from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.replay import accumulate
 from pipeline.distributed.zero import ZeroConfig
@@ -183,18 +184,19 @@ class Engine:
         return self.comm.sum(torch.stack([torch.zeros((), device=self.device), *squares]).sum()).sqrt()
 
     def save_weights(self, path: Path) -> None:
-        """All weights, whole, as safetensors; rank 0 writes. Collective in stage 3."""
-        state.save_weights(self.raw, path, self.comm.rank)
+        """All weights, whole, as safetensors; rank 0 writes, at once. Collective in stage 3."""
+        for write in state.weights_file(self.raw, Host(keep=False), self.comm.rank).values():
+            write(path)
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimizer state of all ranks into `folder`. Collective."""
-        self.save_weights(folder / state.WEIGHTS)
-        state.save_optimizer(self.optimizer, self.parts, folder, self.comm.rank, self.comm.size, replicated=self.stage == 0)
-        self.adversaries.save(folder)
+    @torch.no_grad()
+    def files(self, host: Host) -> Files:
+        """This rank's share of weights and optimizer state, in host memory. Collective."""
+        moments = state.optimizer_file(self.optimizer, self.parts, host, self.comm.rank, self.comm.size, replicated=self.stage == 0)
+        return state.weights_file(self.raw, host, self.comm.rank) | moments | self.adversaries.file(host)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """What any number of ranks wrote with `save` in any stage; the caller has checked the files against COMMIT. Raises CheckpointError."""
+        """What any number of ranks wrote from `files` in any stage; the caller has checked the files against COMMIT. Raises CheckpointError."""
         with state.readable(folder):
             state.load_weights(self.raw, folder / state.WEIGHTS, self.comm.rank)
             if self.stage:

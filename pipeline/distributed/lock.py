@@ -70,6 +70,12 @@ class Lock:
             return None  # a file system that lags; the next look will find it
         return None if newest == self.owner else str(newest)
 
+    def taken(self) -> str | None:
+        """Who has gone on into the folder although this process is still there, in words: on a file system that has no locks, or lost
+        them. None while nobody has; one that only waits for this process to save and leave has not."""
+        holder = self._holder()
+        return None if holder is None or holder == self.owner else str(holder)
+
     def _try(self) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

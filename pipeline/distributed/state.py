@@ -10,6 +10,7 @@ a file that somebody else made cannot run code when it is read.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import zero
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.host import Files, Host
 from pipeline.distributed.zero import Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,15 +40,14 @@ def readable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def save_weights(model: nn.Module, path: Path, rank: int) -> None:
-    """Rank 0 writes all weights and buffers. Collective in stage 3, where they are gathered one after the other."""
+def weights_file(model: nn.Module, host: Host, rank: int) -> Files:
+    """Rank 0's file of all weights and buffers. Collective in stage 3, where they are gathered one after the other."""
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         with zero.whole([value] if isinstance(value, nn.Parameter) else []):
-            if rank == 0:  # a gathered tensor is about to go; another that is on the host is written from where it is
-                tensors[name] = value.detach().to("cpu", copy=hasattr(value, "ds_id")).contiguous()
-    if rank == 0:
-        save_file(tensors, path)
+            if rank == 0:  # a gathered tensor is about to go
+                tensors[name] = host.take(f"weight|{name}", value, copy=hasattr(value, "ds_id"))
+    return {WEIGHTS: partial(save_file, tensors)} if rank == 0 else {}
 
 
 def load_weights(model: nn.Module, path: Path, rank: int) -> None:
@@ -72,7 +73,7 @@ def load_master(held: list[Part], path: Path) -> None:
             part.of(part.key).copy_(file.get_tensor(part.name).view(-1)[part.start : part.start + part.count])
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, held: list[Part], folder: Path, rank: int, size: int, replicated: bool) -> None:
+def optimizer_file(optimizer: torch.optim.Optimizer, held: list[Part], host: Host, rank: int, size: int, replicated: bool) -> Files:
     """This rank's moments. Where every rank holds everything (`replicated`), each writes its share of every parameter."""
     tensors, steps = {}, {}
     for part in held:
@@ -83,9 +84,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, held: list[Part], folder: P
         if first == last:
             continue
         for moment in MOMENTS:
-            tensors[f"{moment}|{part.name}|{part.start + first}"] = part.of(state[moment])[first:last].clone().cpu()
+            name = f"{moment}|{part.name}|{part.start + first}"
+            tensors[name] = host.take(name, part.of(state[moment])[first:last], copy=True)
         steps[part.name] = int(state["step"])
-    save_file(tensors, folder / f"optimizer-{rank:05d}-of-{size:05d}.safetensors", {"steps": json.dumps(steps)})
+    return {f"optimizer-{rank:05d}-of-{size:05d}.safetensors": partial(save_file, tensors, metadata={"steps": json.dumps(steps)})}
 
 
 class _Stored(NamedTuple):

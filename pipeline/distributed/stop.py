@@ -51,10 +51,17 @@ def listen() -> Inbox:
 
 class Stop:
     """Handlers for SIGTERM, SIGINT and SIGUSR2 while it is entered. `superseded` is asked on the rank that has it, now and then: a
-    sentence means that a newer start of this job waits for the run folder."""
+    sentence means that a newer start of this job waits for the run folder. `failed` is asked on every rank at every vote: whether
+    something beside the loop went wrong there, which the save that follows will tell all ranks."""
 
-    def __init__(self, config: StopConfig, comm: Comm, superseded: Callable[[], str | None] | None = None) -> None:
-        self.every, self.comm, self.superseded = config.every, comm, superseded
+    def __init__(
+        self,
+        config: StopConfig,
+        comm: Comm,
+        superseded: Callable[[], str | None] | None = None,
+        failed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.every, self.comm, self.superseded, self.failed = config.every, comm, superseded, failed
         self.inbox = _listening or Inbox()
         self._looked = time.monotonic()
         self._before: dict[int, object] = {}
@@ -73,11 +80,11 @@ class Stop:
         return self.inbox.received
 
     def agreed(self, step: int) -> bool:
-        """Whether any rank was told to stop; the same answer on every rank. Collective on the steps it votes."""
+        """Whether any rank was told to stop, or must; the same answer on every rank. Collective on the steps it votes."""
         if step % self.every:
             return False
         if self.superseded and time.monotonic() - self._looked > LOOK_EVERY:
             self._looked = time.monotonic()
             self.inbox.received = self.inbox.received or self.superseded()
-        self.inbox.agreed = self.comm.any(self.inbox.received is not None)
+        self.inbox.agreed = self.comm.any(self.inbox.received is not None or self.failed())
         return self.inbox.agreed

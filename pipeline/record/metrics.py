@@ -57,6 +57,7 @@ class Record:
         self.flops: tuple[float, float, float] | None = None  # of Scoring.cost; set by the trainer's first step
         self._log = _SelectionLog(folder / "selection", comm.rank, config.selection_samples / num_samples, seed)
         self._pending: list[tuple[int, Tensor, Trained]] = []
+        self._also: dict[str, float] = {}
         self._since: tuple[float, ...] = ()
         self._bar: tqdm | None = None
 
@@ -112,7 +113,8 @@ class Record:
         if self.flops:
             forward, scoring, peak = self.flops
             values["flop_utilisation"] = (scoring * scored + 3 * forward * trained) / seconds / (peak * self.comm.size)
-        self.event({"step": progress.step, "visit": progress.visit} | values)
+        self.event({"step": progress.step, "visit": progress.visit} | values | self._also)
+        self._also.clear()
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} candidates/s, kept {values['kept_share']:.0%}", refresh=False)
 
@@ -147,6 +149,10 @@ class Record:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
             self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=values["step"])
+
+    def also(self, **values: float) -> None:
+        """Goes into the next line about training: this rank's figures of something that is over."""
+        self._also |= values
 
     def flush(self, step: int) -> None:
         """Writes the selection log so far; part of a checkpoint at `step`."""
