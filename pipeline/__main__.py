@@ -82,12 +82,15 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it."""
+    """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it. Of several ranks the first does it alone."""
     from pipeline.data.sources import Sources
+    from pipeline.distributed.launch import leads
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
     from pipeline.evaluation.student import classifies, measure_student
     from pipeline.run import TrainedRun
 
+    if not leads():
+        return 0
     began = time.perf_counter()
     run = TrainedRun(args.run, args.checkpoint)
     given = {key: value for key in ("data", "classes", "templates") if (value := getattr(args, key))}

@@ -2,7 +2,7 @@
 
 `safetensors`: OUT is a file with the student tower's weights. `open_clip`: OUT is a folder that open_clip reads by itself, with
 `create_model("local-dir:OUT")`, or for a named model `create_model(NAME, pretrained="OUT/open_clip_model.safetensors")`. Any checkpoint
-will do, of any ZeRO stage and any number of ranks; this needs one process and no DeepSpeed.
+will do, of any ZeRO stage and any number of ranks; this needs no DeepSpeed and one process: of several ranks the first does it alone.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.launch import leads
 from pipeline.run import TrainedRun
 from pipeline.task import MAIN
 from pipeline.towers import open_clip as tower
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=("safetensors", "open_clip"), default="safetensors")
     parser.add_argument("--checkpoint", default="newest", help="newest, best, or a step")
     args = parser.parse_args(arguments)
+    if not leads():
+        return 0
     try:
         print(export(args.run, args.out, args.format, args.checkpoint))
     except (ConfigError, CheckpointError) as error:

@@ -1,7 +1,8 @@
 """What a step costs: model FLOP by torch's counter, the machine's matrix rate as the ceiling, and traces on demand."""
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ from pipeline.types import Batch
 
 def forward_flops(engine: Any, batch: Batch) -> float:
     """FLOP of one sample's forward through all towers, counted on a real batch; a backward is taken as two forwards."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, _attention_in_parts():
         engine.features(batch)
     return counter.get_total_flops() / len(batch)
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """In eval mode and float32 nn.MultiheadAttention is one fused operation, of which torch's counter sees nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
