@@ -126,7 +126,7 @@ class Config(TowerConfig):
             model = open_clip.create_model(self.model, pretrained=self.pretrained, force_custom_text=True, nonscalar_logit_scale=True)
         if self.gradient_checkpointing:
             model.set_grad_checkpointing()
-        return OpenClip(model, self.preprocess_config())
+        return OpenClip(model, self.preprocess_config(), recomputes=self.gradient_checkpointing)
 
 
 def _pixels_only(transform: Any) -> Any:
@@ -141,18 +141,19 @@ def _pixels_only(transform: Any) -> Any:
 class OpenClip(Tower):
     """Gives unit rows `image` and `text` [b, embed_dim] in float32, and `scale` [1]."""
 
-    def __init__(self, model: torch.nn.Module, preprocess: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, preprocess: dict[str, Any], recomputes: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.recomputes = model, recomputes
         self.patch_size = allow_views(model.visual)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]), persistent=False)
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         out = {"scale": self.model.logit_scale.exp()}
-        # on the CPU torch's fused attention spends half of a small model's step in its backward; the written-out form does not
-        on_cpu = self.mean.device.type == "cpu"
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        # on the CPU torch's fused attention spends half of a small model's step in its backward; the written-out form does not,
+        # but gradient checkpointing computes the blocks again during the backward, when this context has ended
+        written_out = self.mean.device.type == "cpu" and not self.recomputes
+        with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
             if "image" in fields:
                 pixels = normalise_pixels(fields["image"], self.mean, self.std)
                 if self.patch_size:

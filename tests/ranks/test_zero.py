@@ -90,6 +90,34 @@ def test_every_stage_offload_and_accumulation_trains_like_one_process(
 
 
 @pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing_but_memory(launcher: Launcher, icons_small: Path, alone: Path, tmp_path: Path) -> None:
+    checkpointing, stage_3 = "towers.student.gradient_checkpointing=true", "engine.zero={stage: 3, persist_below: 100}"
+    cells = {
+        "DDP": [checkpointing],
+        "stage 2": [checkpointing, "engine.zero={stage: 2}"],
+        "stage 3": [checkpointing, stage_3],
+        "stage 3, in pieces": [checkpointing, stage_3, "engine.micro_batch=5"],
+    }
+    run_cells(launcher, 2, tmp_path, icons_small, cells)
+    for name in cells:
+        assert_same_training(tmp_path / name, alone)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_plain_ones(launcher: Launcher, icons_small: Path, alone: Path, tmp_path: Path) -> None:
+    compiled = "engine.compile=true"
+    run_cells(launcher, 1, tmp_path / "one", icons_small, {"alone": [compiled]})
+    cells = {
+        "DDP": [compiled],
+        "stage 2": [compiled, "engine.zero={stage: 2}"],
+        "stage 3": [compiled, "engine.zero={stage: 3, persist_below: 100}"],
+    }
+    run_cells(launcher, 2, tmp_path / "two", icons_small, cells)
+    for run in (tmp_path / "one" / "alone", *(tmp_path / "two" / name for name in cells)):
+        assert_same_training(run, alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["{stage: 1}", "{stage: 2}", "{stage: 3, persist_below: 100}", "{stage: 3, offload: all}"])
 def test_bf16_trains_in_every_stage(launcher: Launcher, icons_small: Path, tmp_path: Path, zero: str) -> None:
     cells = {"DDP": ["engine.precision=bf16"], "ZeRO": ["engine.precision=bf16", f"engine.zero={zero}"]}
