@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file, for example configs/pretrain/icons.yaml")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example selector.name=random optimizer.lr=5e-4")
     evaluate = commands.add_parser("evaluate", help="zero-shot, retrieval, linear probe and selection quality of a run")
-    evaluate.add_argument("run", type=Path, help="a run folder")
+    evaluate.add_argument("run", help="a run folder, or its URL")
     evaluate.add_argument("--data", help="webdataset shards with an index, any fsspec URL; default: evaluation.data of the run")
     evaluate.add_argument("--classes", help="'seen', 'all', or a file of class names for shards with .cls members")
     evaluate.add_argument("--templates", help="file of prompts with {}, one a line")
@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     guide.add_argument("--validation", help="held-out shards to choose on; default: evaluation.data")
     guide.add_argument("--weight", type=float, default=0.1, help="of each teacher in UMT (default 0.1)")
     report = commands.add_parser("report", help="one HTML page about one or more runs")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders")
-    report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run")
+    report.add_argument("runs", nargs="+", help="run folders, or their URLs")
+    report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run; here, where that is a URL")
     return top
 
 
@@ -62,20 +62,22 @@ def train(args: argparse.Namespace) -> int:
 
     config = load(RunConfig, args.config, args.overrides)
     try:
-        trainer, lock = build(config)  # the lock lives as long as this frame
-        complete = trainer.fit()
-        if trainer.engine.comm.rank == 0:
-            p = trainer.progress
-            samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.bad)}
-            write_result(
-                trainer.folder, {"run": trainer.folder.name, "step": p.step, "complete": complete, "samples": samples, "seconds": p.seconds}
-            )
-            if not complete:
-                print(
-                    f"{trainer.folder}: stopped by {trainer.stop.received or 'another rank'} at step {p.step} of {trainer.steps}, saved; the same command goes on",
-                    flush=True,
+        trainer, home = build(config)
+        with home:
+            complete = trainer.fit()
+            if trainer.engine.comm.rank == 0:
+                p = trainer.progress
+                samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.bad)}
+                home.refresh("result.json")
+                write_result(
+                    trainer.folder,
+                    {"run": trainer.folder.name, "step": p.step, "complete": complete, "samples": samples, "seconds": p.seconds},
                 )
-        del lock
+                if not complete:
+                    print(
+                        f"{config.out}: stopped by {trainer.stop.received or 'another rank'} at step {p.step} of {trainer.steps}, saved; the same command goes on",
+                        flush=True,
+                    )
     finally:
         shutdown()
     return 0
@@ -109,10 +111,12 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         name = "".join(c if c.isalnum() else "-" for c in args.data).strip("-")
         (run.folder / "evaluation" / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        run.view.push()
         print(json.dumps(result, indent=1))
         return 0
     if examples is not None:
         (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
+    run.view.pull("selection/*", "result.json")
     quality = judge_selection(run.folder, sources, [s.url for s in run.config.data.sources], run.config.selector.warmup_visits)
     facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))
     done = json.loads((run.folder / "result.json").read_text(encoding="utf-8")) if (run.folder / "result.json").is_file() else {}
@@ -124,6 +128,7 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     result |= described | {"config": {"selector": run.config.selector.name}, "selection": quality, "seconds": seconds}
     write_result(run.folder, result)
+    run.view.push()
     if not args.quiet:
         print(json.dumps({key: value for key, value in result.items() if key != "selection"}, indent=1))
     return 0
@@ -150,12 +155,17 @@ def guide(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Writes the page, says where, and prints the comparison."""
+    from pipeline.distributed.views import View
     from pipeline.record.report import write_report
     from pipeline.record.runs import label, load_run
     from pipeline.record.tables import plain_text
 
-    page = write_report(args.runs, args.out or args.runs[0].parent / "report.html")
-    runs = [load_run(path, place) for place, path in enumerate(args.runs)]
+    views = [View(run) for run in args.runs]
+    for view in views:
+        view.pull("selection/*", "evaluation/*")
+    folders = [view.folder for view in views]
+    page = write_report(folders, args.out or (Path() if views[0].store else folders[0].parent) / "report.html")
+    runs = [load_run(path, place) for place, path in enumerate(folders)]
     label(runs)
     print(f"{page}\n\n{plain_text(runs)}")
     return 0

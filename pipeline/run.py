@@ -17,16 +17,17 @@ from pipeline.data.fetch import Fetch
 from pipeline.data.fields import join
 from pipeline.data.lanes import Layout, layout
 from pipeline.data.loader import DataModule
-from pipeline.data.sources import DataConfig, Sources
+from pipeline.data.sources import DataConfig, Sources, cache_folder
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.comm import Comm, LocalComm
 from pipeline.distributed.engine import Engine, EngineConfig
+from pipeline.distributed.home import Home, folder_of, open_home
 from pipeline.distributed.launch import describe_device, start
-from pipeline.distributed.lock import Lock
 from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop, StopConfig
+from pipeline.distributed.views import View
 from pipeline.distributed.watchdog import Watchdog, WatchdogConfig
 from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
 from pipeline.objectives.base import ObjectiveConfig
@@ -70,7 +71,7 @@ FREE = (
 class RunConfig(Strict):
     """One training run. Both stages are this, with other towers, objectives and data."""
 
-    out: str = Field(description="the run folder")
+    out: str = Field(description="the run folder: a path that all ranks see, or the URL of a folder in an object store")
     seed: int = 0
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give visits")
     visits: float | None = Field(None, gt=0, description="how often each sample is offered, on average; or give steps")
@@ -120,28 +121,24 @@ class RunConfig(Strict):
         return values
 
 
-def open_run(config: RunConfig, comm: Comm) -> Lock | None:
-    """Makes the run folder and takes its lock on rank 0. Raises ConfigError on every rank when another process has it."""
-    folder, lock, trouble = Path(config.out), None, None
-    if comm.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = Lock(folder)
-        except ConfigError as error:
-            trouble = str(error)
-        except OSError as error:
-            trouble = f"out: {folder}: cannot be the run folder ({error}); choose another one"
-    if trouble := comm.broadcast(trouble):
-        raise ConfigError(trouble)
-    return lock
+def build(config: RunConfig) -> tuple[Trainer, Home]:
+    """The trainer of a configuration, at the step its folder has reached, and that folder, which the caller closes.
 
-
-def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
-    """The trainer of a configuration, at the step its folder has reached. Collective. Raises ConfigError, DataError, CheckpointError."""
+    Collective. Raises ConfigError, DataError, CheckpointError.
+    """
     check_wiring(config.towers, config.objectives, config.teachers, config.data)
-    folder = Path(config.out)
-    accelerator, comm = start(config.engine, folder, config.record.trackers)
-    lock = open_run(config, comm)
+    cache = cache_folder(config.data)
+    accelerator, comm = start(config.engine, folder_of(config.out, cache), config.record.trackers)
+    home = open_home(config.out, cache, comm, config.checkpoint.upload_timeout)
+    try:
+        return _wire(config, accelerator, home), home
+    except BaseException:
+        home.close(well=False)
+        raise
+
+
+def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
+    folder, comm = home.folder, home.comm
     sources = Sources.open(config.data)
     plan = layout(sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
     plan.check_world(comm.size)
@@ -150,7 +147,7 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
     size, keep = compete(config, plan)
-    decoders = prepare(config, folder, sources, comm)
+    decoders = prepare(config, home, sources)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
     task = build_task(config, folder, comm)
     if config.init_from and not checkpoint.committed(folder):
@@ -163,8 +160,8 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     selector.scores.to(engine.device)
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
     groups = GlobalSelector(selector, size, keep, comm) if config.selector.scope == "global" else GroupSelector(selector, size, keep)
-    saver = Saver(config.checkpoint, folder, comm, lock.taken if lock else None)
-    stop = Stop(config.stop, comm, lock.superseded if lock else None, saver.failed)
+    saver = Saver(config.checkpoint, folder, comm, home.taken, home.uploads)
+    stop = Stop(config.stop, comm, home.superseded, saver.failed)
     facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
@@ -177,8 +174,9 @@ def build(config: RunConfig) -> tuple[Trainer, Lock | None]:
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)
         accelerator.init_trackers("training", config={"config": to_yaml(config)})
+    home.fetch(data.lanes)
     trainer.resume()
-    return trainer, lock
+    return trainer
 
 
 def compete(config: RunConfig, plan: Layout) -> tuple[int, int]:
@@ -187,8 +185,9 @@ def compete(config: RunConfig, plan: Layout) -> tuple[int, int]:
     return plan.batch // plan.groups, plan.keep(config.selector.rate)
 
 
-def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm) -> dict[str, Decoder]:
+def prepare(config: RunConfig, home: Home, sources: Sources) -> dict[str, Decoder]:
     """The decoders of towers and teachers. Rank 0 does first what is done once (a tokenizer); resume finds it done, for these towers and samples."""
+    folder, comm = home.folder, home.comm
     done, this = folder / "prepared", digest([dump(config)["towers"], dump(config)["init_from"], sources.digest])
     trouble = None
     if comm.rank == 0 and not (done.is_file() and done.read_text(encoding="utf-8") == this):
@@ -202,6 +201,7 @@ def prepare(config: RunConfig, folder: Path, sources: Sources, comm: Comm) -> di
             trouble = str(error)
     if trouble := comm.broadcast(trouble):  # the others wait here
         raise ConfigError(trouble)
+    home.share()
     return make_decoders(config, folder, train=True)
 
 
@@ -221,11 +221,14 @@ def build_task(config: RunConfig, folder: Path, comm: Comm) -> Task:
 class TrainedRun:
     """A finished or interrupted run, opened to be used: its configuration, its student's weights, its preprocessing."""
 
-    def __init__(self, folder: Path, which: str = "newest") -> None:
-        """`which`: newest, best, or a step. Raises ConfigError, CheckpointError."""
+    def __init__(self, run: str | Path, which: str = "newest") -> None:
+        """`run`: its folder, or the URL of that. `which`: newest, best, or a step. Raises ConfigError, CheckpointError, DataError."""
+        self.view = View(run)
+        folder = self.view.folder
         if not (folder / "resolved.yaml").is_file():
-            raise ConfigError(f"{folder}: is no run folder, it has no resolved.yaml; give the `out` of a run that was trained")
+            raise ConfigError(f"{run}: is no run folder, it has no resolved.yaml; give the `out` of a run that was trained")
         self.folder, self.config = folder, load(RunConfig, folder / "resolved.yaml")
+        self.view.weights(which)
         weights = weights_file(folder, which, "--checkpoint")
         self.task = build_task(self.config, folder, LocalComm())
         self.task.load_state_dict(load_file(weights))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError, Strict, component, parse, read_yaml, unknown
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.views import View
 from pipeline.towers.base import TowerConfig
 
 FILE = "model.safetensors"
@@ -25,7 +26,7 @@ class _Tower(Strict):
 class InitFrom(Strict):
     """Initial weights of towers, from a checkpoint of another run. A tokenizer that they were trained with comes with them."""
 
-    run: str = Field(description="the other run's folder")
+    run: str = Field(description="the other run's folder, or its URL")
     checkpoint: str = Field("newest", description="newest, best, or a step")
     towers: dict[str, str] = Field(
         min_length=1, description="tower here: tower there; with a path, `image.encoder: student.model.visual`, a part goes into a part"
@@ -33,16 +34,19 @@ class InitFrom(Strict):
 
     def prepare(self, here: Mapping[str, TowerConfig], folder: Path) -> None:
         """Copies the tokenizers of these towers over those of the run `folder`. Raises ConfigError."""
+        run = View(self.run).folder
         for to, origin in self.towers.items():
-            source = tower_of(Path(self.run), origin.split(".")[0], f"init_from.towers.{to}")
+            source = tower_of(run, origin.split(".")[0], f"init_from.towers.{to}")
             for mine, theirs in zip(here[to.split(".")[0]].files(), source.files()):
-                if not (Path(self.run) / theirs).is_file():
+                if not (run / theirs).is_file():
                     raise ConfigError(f"init_from: {self.run}: has no {theirs}, the tokenizer of {origin}; restore it")
-                shutil.copyfile(Path(self.run) / theirs, folder / mine)
+                shutil.copyfile(run / theirs, folder / mine)
 
     def load(self, towers: nn.ModuleDict) -> None:
         """Copies the weights. Raises ConfigError where the two sides differ in names or shapes, CheckpointError."""
-        file = weights_file(Path(self.run), self.checkpoint, "init_from.checkpoint")
+        view = View(self.run)
+        view.weights(self.checkpoint)
+        file = weights_file(view.folder, self.checkpoint, "init_from.checkpoint")
         state = towers.state_dict()
         for to, origin in self.towers.items():
             where = f"init_from.towers.{to}"

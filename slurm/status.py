@@ -7,10 +7,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ConfigError
+from pipeline.data.errors import DataError
 from slurm.notes import committed_step, is_locked, notes, read_launch
 from slurm.queue import Queued, look
 
@@ -66,26 +69,38 @@ def _last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def read(run: Path, queued: dict[str, Queued] | None, tail: int) -> Status:
-    """The status of one run folder; `queued` is what squeue said, None where it could not be asked."""
+def read(run: str | Path, queued: dict[str, Queued] | None, tail: int) -> Status:
+    """The status of a run by its folder, or the URL of that; `queued` is what squeue said, None where it could not be asked."""
+    name, view = str(run), None
+    if "://" in name:
+        from pipeline.distributed.views import View  # brings torch with it
+
+        view = View(name)
+    run = view.folder if view else Path(run)
     told, events, metrics, result = read_launch(run), notes(run), _last_metrics(run), _json(run / "result.json")
     job = told.get("job")
-    status = Status(
-        str(run), "", job=job, step=metrics.get("step", 0), steps=_json(run / "facts.json").get("steps"), saved=committed_step(run)
-    )
+    saved = view.saved() if view else committed_step(run)
+    status = Status(name, "", job=job, step=metrics.get("step", 0), steps=_json(run / "facts.json").get("steps"), saved=saved)
     mine = [event for event in events if event.get("job") == job]
     status.restarts = max((event.get("start", 0) for event in mine), default=0)
     status.crashes = sum(event["event"] == "crash" for event in mine)
     status.rate, status.eta_seconds = metrics.get("candidates_per_second"), metrics.get("eta_seconds")
-    if (run / "metrics.jsonl").is_file():
+    if (run / "metrics.jsonl").is_file() and not view:  # a copy's time says nothing
         status.quiet_seconds = max(0.0, time.time() - (run / "metrics.jsonl").stat().st_mtime)
-    _judge(status, told, mine, result, queued)
+    _judge(status, told, mine, result, queued, view.lives if view else lambda: is_locked(run))
     if told.get("logs") and job and tail:
         status.log = _end_of(Path(told["logs"]) / f"{job}_0_log.out")[-tail:]
     return status
 
 
-def _judge(status: Status, told: dict[str, Any], events: list[dict], result: dict[str, Any], queued: dict[str, Queued] | None) -> None:
+def _judge(
+    status: Status,
+    told: dict[str, Any],
+    events: list[dict],
+    result: dict[str, Any],
+    queued: dict[str, Queued] | None,
+    lives: Callable[[], bool],
+) -> None:
     """State and reason: the queue's word while Slurm has the job, the folder's afterwards."""
     found = (queued or {}).get(status.job or "")
     newest = max((event.get("start", 0) for event in events), default=0)  # an older start may have written its end last
@@ -102,7 +117,7 @@ def _judge(status: Status, told: dict[str, Any], events: list[dict], result: dic
         status.state, status.why = found.state.lower(), _last_words(last)
         if told.get("after") and not events:
             status.why = f"it never started: job {told['after']}, which it waited for, was not complete"
-    elif is_locked(Path(status.run)):
+    elif lives():
         status.state = "running"
     elif last.get("event") == "end":
         status.state, status.why = "ended", _last_words(last)
@@ -150,16 +165,21 @@ def page(status: Status) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Prints every run; 0 when all of them are complete, waiting or running, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description="How runs are doing.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or their URLs")
     parser.add_argument("--tail", type=int, default=5, help="lines of rank 0's log")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args(arguments)
-    missing = [str(run) for run in args.runs if not run.is_dir()]
+    missing = [run for run in args.runs if "://" not in run and not Path(run).is_dir()]
     if missing:
         print(f"error: {', '.join(missing)}: no such folder; give the `out` of a run", file=sys.stderr)
         return 2
-    queued = look([job for run in args.runs if (job := read_launch(run).get("job")) and read_launch(run).get("executor") == "slurm"])
-    found = [read(run, queued, args.tail) for run in args.runs]
+    launched = [read_launch(Path(run)) for run in args.runs if "://" not in run]
+    queued = look([told["job"] for told in launched if told.get("job") and told.get("executor") == "slurm"])
+    try:
+        found = [read(run, queued, args.tail) for run in args.runs]
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print("\n".join(json.dumps(asdict(status)) if args.json else page(status) for status in found))
     return int(any(status.state not in ("complete", "waiting", "running", "completing", "configuring") for status in found))
 

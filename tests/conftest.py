@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -51,6 +52,7 @@ def moto_s3(moto_server: "ThreadedMotoServer") -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         S3FileSystem.clear_instance_cache()
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"))  # servers of one process share what they hold
         boto3.client("s3").create_bucket(Bucket="shards")
         yield "s3://shards"
         S3FileSystem.clear_instance_cache()

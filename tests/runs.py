@@ -29,6 +29,7 @@ PRELOADED = """
     accelerate.checkpointing safetensors.torch tokenizers torch._inductor.config
     pipeline.evaluation.evaluate pipeline.objectives.clip pipeline.run pipeline.selection.dissect pipeline.towers.linear
 """
+SAVES = ("visits=12", "checkpoint.every=2", "towers.student.dropout=0.2")  # 37 steps; about half of the time goes into saving
 PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ConfigError
+from pipeline.data.errors import DataError
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.launch import leads
 from pipeline.run import TrainedRun
@@ -25,7 +26,7 @@ from pipeline.towers import open_clip as tower
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def export(folder: Path, out: Path, form: str = "safetensors", which: str = "newest") -> Path:
+def export(folder: str | Path, out: Path, form: str = "safetensors", which: str = "newest") -> Path:
     """Writes the student's weights; gives the file. Raises ConfigError where the student is no open_clip model and that was asked for."""
     run = TrainedRun(folder, which)
     config, student = run.config.towers[MAIN], run.task.towers[MAIN]
@@ -42,7 +43,7 @@ def export(folder: Path, out: Path, form: str = "safetensors", which: str = "new
     facts = {"model_cfg": model, "preprocess_cfg": config.preprocess_config()}
     (out / "open_clip_config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     if config.tokenizer.kind == "bpe":
-        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+        shutil.copyfile(run.folder / "tokenizer.json", out / "tokenizer.json")
     _write(open_clip_state(student.model, model), out / WEIGHTS)
     return out / WEIGHTS
 
@@ -65,7 +66,7 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command; what a user can mend is one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", help="a run folder, or its URL")
     parser.add_argument("out", type=Path, help="a file (safetensors) or a folder (open_clip)")
     parser.add_argument("--format", choices=("safetensors", "open_clip"), default="safetensors")
     parser.add_argument("--checkpoint", default="newest", help="newest, best, or a step")
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         print(export(args.run, args.out, args.format, args.checkpoint))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -33,6 +33,9 @@ class CheckpointConfig(Strict):
         description="training goes on while a checkpoint is written, from a copy in host memory that is kept: this rank's share of the "
         "moments, and on rank 0 the weights. false: training waits, and nothing is copied that is on the host",
     )
+    upload_timeout: float = Field(
+        1800.0, gt=0, description="where `out` is a URL: seconds that the store may be away, at one request, before the run stops"
+    )
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -42,7 +45,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 def commit(folder: Path, files: dict[str, Any]) -> None:
     """Makes a folder a checkpoint: `files` by name as `fingerprint` gives them, all of them on disk."""
-    write_durably(folder / "COMMIT", json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
+    write_durably(folder / "COMMIT", commit_text(files))
     sync(folder.parent)
 
 
@@ -116,12 +119,21 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _committed_files(folder: Path) -> dict[str, Any]:
-    """What COMMIT lists. Raises CheckpointError where it cannot be read or is of a newer format."""
+    return listed((folder / "COMMIT").read_bytes(), str(folder))
+
+
+def commit_text(files: dict[str, Any]) -> str:
+    """What COMMIT says."""
+    return json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1)
+
+
+def listed(text: bytes, folder: str) -> dict[str, Any]:
+    """What a COMMIT in `folder` lists. Raises CheckpointError where it cannot be read or is of a newer format."""
     try:
-        commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
+        commit = json.loads(text)
         known, files = commit["format"] == FORMAT, dict(commit["files"])
     except (ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{folder / 'COMMIT'}: is damaged; delete {folder} to resume from the checkpoint before it") from None
+        raise CheckpointError(f"{folder}/COMMIT: is damaged; delete {folder} to resume from the checkpoint before it") from None
     if not known:
         raise CheckpointError(
             f"{folder}: has format {commit['format']}, this version reads format {FORMAT}; "

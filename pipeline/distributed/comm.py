@@ -14,6 +14,7 @@ class Comm(Protocol):
     rank: int
     size: int
     local_size: int  # ranks on this node
+    local_rank: int  # among them
 
     def gather(self, x: Tensor) -> Tensor:
         """[n, ...] of each rank -> [size * n, ...], in rank order; its backward sums the gradients that all ranks have for `x`."""
@@ -37,7 +38,7 @@ class Comm(Protocol):
 class LocalComm:
     """Rank 0 of 1: what one process and unit tests use."""
 
-    rank, size, local_size = 0, 1, 1
+    rank, size, local_size, local_rank = 0, 1, 1, 0
 
     def gather(self, x: Tensor) -> Tensor:
         return x
@@ -64,6 +65,7 @@ class GroupComm:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % self.local_size))
 
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self)

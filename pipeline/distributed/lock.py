@@ -29,7 +29,8 @@ class Owner(NamedTuple):
         return cls(job, int(start), socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
-        return f"start {self.start} of job {self.job} (process {self.process} on {self.host})" if self.job else f"process {self.process}"
+        process = f"process {self.process} on {self.host}"
+        return f"start {self.start} of job {self.job} ({process})" if self.job else process
 
 
 class Lock:

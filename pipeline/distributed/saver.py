@@ -12,28 +12,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
 from pipeline.distributed.comm import Comm
 from pipeline.distributed.host import Files, Host
+from pipeline.distributed.remote import UploadError, Uploads
 from pipeline.distributed.stacks import place_of
 
 T = TypeVar("T")
 LOOK_EVERY = 0.05  # seconds between looks at the other ranks' files, and at a thread that is waited for
 LAG = 120.0  # seconds after which a file that another rank has written must be seen by rank 0
 LAST_WORDS = 10.0  # seconds that rank 0 waits for the files of others when training has ended by an error: they may be dead
-
-
-class Mirror(Protocol):
-    """Where a checkpoint is kept besides the run folder. Called from the threads, file by file, COMMIT last; what it raises fails the save."""
-
-    def put(self, path: Path) -> None:
-        """A file of the run folder that is whole and on disk."""
-
-    def remove(self, folder: Path) -> None:
-        """A checkpoint folder that is about to go; its COMMIT has to go first."""
 
 
 class Saved(NamedTuple):
@@ -57,9 +48,9 @@ class Saver:
         run: Path,
         comm: Comm,
         taken: Callable[[], str | None] | None = None,
-        mirror: Mirror | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
-        self.config, self.run, self.comm, self.taken, self.mirror = config, run, comm, taken, mirror
+        self.config, self.run, self.comm, self.taken, self.uploads = config, run, comm, taken, uploads
         self.host = Host(keep=config.asynchronous)
         self.moved = 0  # grows while the loop waits for a thread that gets on: the watchdog takes no long save for a hang
         self._writer: _Writer | None = None
@@ -97,6 +88,8 @@ class Saver:
         self._until(writer.ended)
         self._writer = None
         if self.comm.any(failed or writer.trouble is not None):
+            if self.comm.any(isinstance(writer.trouble, UploadError)) and writer.trouble is None:
+                raise UploadError(f"{writer.folder}: could not be uploaded by another rank; its message says why")
             raise self._failed(writer.folder, writer.trouble) from writer.trouble
         return Saved(writer.step, writer.size, self._stalled + time.perf_counter() - began, writer.seconds)
 
@@ -112,6 +105,8 @@ class Saver:
         writer = self._writer
         if writer is None or not isinstance(error, Exception):  # a second Ctrl-C waits for nothing
             return
+        if self.uploads:
+            self.uploads.hurry()
         self._until(writer.written)
         if isinstance(error, OSError) and writer.trouble is not None:  # the disk that is full for the loop as well
             raise self._failed(writer.folder, writer.trouble) from writer.trouble
@@ -119,7 +114,10 @@ class Saver:
         writer.decide(failed=True)
 
     def _begin(self, folder: Path) -> None:
-        if self.comm.rank == 0:
+        if self.uploads and self.comm.local_rank == 0:  # on each machine; the one that was uploaded last is what a resume need not fetch
+            for old in sorted(path for path in folder.parent.glob("step-*") if path != folder)[:-1]:
+                checkpoint.remove(old)
+        if self.comm.rank == 0 or (self.uploads and self.comm.local_rank == 0):
             shutil.rmtree(folder, ignore_errors=True)  # an attempt that was cut off
             folder.mkdir(parents=True)
 
@@ -202,12 +200,17 @@ class _Writer(threading.Thread):
                 (self.folder / name).unlink(missing_ok=True)
             raise
         self.size = sum(entry["size"] for entry in listed.values())
-        for name in listed if self.saver.mirror else ():
-            self.saver.mirror.put(self.folder / name)
+        if self.saver.uploads:
+            self.saver.uploads.send(self.folder, listed, self.saver.comm.rank, self.saver.comm.size)
+            return
         checkpoint.write_durably(self.folder / f"done-{self.saver.comm.rank:05d}.json", json.dumps(listed))
 
     def _commit(self) -> None:
         """Rank 0: what all ranks have written becomes a checkpoint, if the folder is still this run's."""
+        if self.saver.uploads:
+            if self.saver.uploads.commit(self.folder, self._give_up.is_set):
+                self.saver.uploads.retire(self.saver.config.keep)
+            return
         done = self._all_done()
         if done is None:
             return
@@ -219,11 +222,7 @@ class _Writer(threading.Thread):
                 f"{self.folder}: not committed, because {other} trains in {self.saver.run} by now; this process leaves the folder to it"
             )
         checkpoint.commit(self.folder, listed)
-        if self.saver.mirror:
-            self.saver.mirror.put(self.folder / "COMMIT")
         for old in checkpoint.superfluous(self.saver.run, self.saver.config.keep):
-            if self.saver.mirror:
-                self.saver.mirror.remove(old)
             checkpoint.remove(old)
 
     def _all_done(self) -> list[Path] | None:

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,7 +213,7 @@ def test_a_second_process_on_the_folder_is_refused_and_the_first_goes_on(
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: first.poll() is not None or metrics.exists(), "the first step")
     code, said = train("visits=100000")
-    assert code == 2 and f"process {first.pid} is training in this folder" in said and "out=" in said
+    assert code == 2 and f"process {first.pid} on {socket.gethostname()} is training in this folder" in said and "out=" in said
     steps = len(losses(tmp_path / "run"))
     wait_for(lambda: first.poll() is not None or len(losses(tmp_path / "run")) > steps + 2, "more steps")
     first.kill(signal.SIGKILL)

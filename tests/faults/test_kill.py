@@ -7,17 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
-
-SAVES = ("visits=12", "checkpoint.every=2", "towers.student.dropout=0.2")  # 37 steps; about half of the time goes into saving
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(launcher: Launcher, icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that the killed ones are compared with, without workers."""
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    launcher.run(arguments(icons_small, out, *SAVES, "data.workers=0"))
-    return out
+from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
 
 
 def steps_done(run: Path) -> int:

@@ -13,11 +13,13 @@ import torch
 from pipeline.config import load
 from pipeline.data.lanes import RankLanes, layout
 from pipeline.data.sources import Sources
+from pipeline.distributed.comm import LocalComm
+from pipeline.distributed.home import open_home
 from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
-from tests.runs import DEBUG, Launcher, arguments, columns, command_line, last_checkpoint, losses, put_back, selection_log, wait_for
+from tests.runs import DEBUG, Launcher, arguments, columns, command_line, last_checkpoint, losses, selection_log, wait_for
 
 
 def free_port() -> int:
@@ -143,12 +145,7 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_on_every_rank(launche
 
 
 def test_the_lock_of_a_run_folder_is_seen_by_all_ranks(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
-    config = load(RunConfig, DEBUG, [f"out={tmp_path / 'run'}"])
-    from pipeline.distributed.comm import LocalComm
-    from pipeline.run import open_run
-
-    with put_back():
-        lock = open_run(config, LocalComm())
-        for child in launcher.ranks(2, arguments(icons_small, tmp_path / "run"), free_port()):
-            assert child.wait() == 2 and "is training in this folder" in child.output()
-        assert lock is not None
+    home = open_home(str(tmp_path / "run"), tmp_path, LocalComm(), 1.0)
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "run"), free_port()):
+        assert child.wait() == 2 and "is training in this folder" in child.output()
+    assert home.lock is not None

@@ -68,6 +68,7 @@ def household(trained: Path, icons_small: Path, tmp_path: Path, monkeypatch: pyt
     assert run("python -m tools.make_shards tars bucket/imagenet-val --shards labelled.tar")
     for name in ("vitb16_cc12m_dissect", "NAME"):
         shutil.copytree(trained, tmp_path / "runs" / name)
+    (tmp_path / "bucket" / "runs").symlink_to(tmp_path / "runs")
     for name in ("first", "second"):
         (tmp_path / f"{name}.yaml").write_text(
             DEBUG.read_text().replace("runs/debug", f"runs/{name}").replace("data/debug/train", "bucket/cc12m-index")
