@@ -59,7 +59,14 @@ def write_report(runs: list[Path], out: Path) -> Path:
 
 
 def _plots(runs: Sequence[Run]) -> list[Plot]:
-    found = [_loss_plot(runs), _precision_plot(runs), *_drift_plots(runs), _rate_plot(runs), _evaluation_plot(runs)]
+    found = [
+        _loss_plot(runs),
+        _precision_plot(runs),
+        *_drift_plots(runs),
+        _rate_plot(runs),
+        _evaluation_plot(runs),
+        *_distillation_plots(runs),
+    ]
     return [plot for plot in found if plot is not None]
 
 
@@ -154,6 +161,72 @@ def _evaluation_plot(runs: Sequence[Run]) -> Plot | None:
         f"On held-out images. Last: {last}.",
         f"Line chart of zero-shot top-1 over steps. Last: {last}.",
     )
+
+
+# what an objective of stage 2 tells of itself: suffix of its key, title, axis, caption, chance
+_TELEMETRY = (
+    (
+        "information_teacher_student",
+        "I(T;S), teacher and student",
+        "nats, lower bound",
+        "High is no proof of a good student: a teacher that sinks to the student's level has it too. Read it with I(T;A).",
+        None,
+    ),
+    (
+        "information_teacher_auxiliary",
+        "I(T;A), teacher and auxiliary modality",
+        "nats, lower bound",
+        "What the teacher keeps of what the student cannot see. A fall means that the teacher goes weak.",
+        None,
+    ),
+    (
+        "teacher_to_guess",
+        "H(T|S): the teacher's rows and their guess from the student's",
+        "squared distance",
+        "Of unit rows: 0 is a perfect guess, 2 says that they have nothing to do with each other.",
+        None,
+    ),
+    (
+        "critic_accuracy",
+        "The critic's accuracy",
+        "share told apart",
+        "Of teacher's rows from guesses. Near 1 the student gets no gradient from it, near one half there is nothing left to tell.",
+        0.5,
+    ),
+    ("agreement", "Agreement with the teacher", "share of rows", "Rows of which student and teacher name the same class.", None),
+    ("cosine", "Features like the teacher's", "mean cosine", "Of the student's rows, after the projector, with the teacher's.", None),
+)
+
+
+def _distillation_plots(runs: Sequence[Run]) -> list[Plot]:
+    """A chart of each thing that objectives of stage 2 tell, and of the training accuracy of a teacher that is trained along."""
+    found = []
+    for suffix, title, ylabel, caption, chance in _TELEMETRY:
+        series = [one for run in runs for key in _keys(run, suffix)[:1] for one in _series([run], key)]
+        found.append(_telemetry_plot(suffix, series, title, ylabel, caption, chance))
+    series = [one for run in runs for key in _teacher_accuracies(run)[:1] for one in _series([run], key)]
+    caption = "On the rows that were trained. It sees more than the student: where it falls to the student's level it has gone weak."
+    found.append(_telemetry_plot("teacher", series, "The online teacher's accuracy", "share right", caption, None))
+    return [plot for plot in found if plot is not None]
+
+
+def _keys(run: Run, suffix: str) -> list[str]:
+    """The keys of a run's last line that end in `.suffix`, in the order of its objectives."""
+    return [key for key in (run.metrics[-1] if run.metrics else {}) if key.endswith(f".{suffix}")]
+
+
+def _teacher_accuracies(run: Run) -> list[str]:
+    objectives = dig(run.config, "objectives")
+    pairs = objectives.items() if isinstance(objectives, dict) else ()
+    return [f"{name}.accuracy" for name, one in pairs if isinstance(one, dict) and str(one.get("feature", "")).startswith("teacher.")]
+
+
+def _telemetry_plot(name: str, series: list[Series], title: str, ylabel: str, caption: str, chance: float | None) -> Plot | None:
+    if not series:
+        return None
+    ends = ", ".join(f"{one.label} {one.y[-1]:.2f}" for one in series)
+    svg = plots.lines(name, series, xlabel="step", ylabel=ylabel, chance=chance, smooth=True)
+    return Plot(title, svg, f"{caption} Last: {ends}.", f"Line chart of {title} over steps. Last values: {ends}.")
 
 
 def _missing_plots(runs: Sequence[Run]) -> list[str]:

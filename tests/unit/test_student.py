@@ -11,6 +11,7 @@ from pipeline.config import dump, parse
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Rows
 from pipeline.data.sources import DataConfig, Sources
+from pipeline.record.report import write_report
 from pipeline.run import RunConfig, TrainedRun
 from pipeline.towers import image
 from tests.distill import AMID, CE, NOISY, THREE, config, gappy, live, train
@@ -62,12 +63,23 @@ def test_extras_of_weight_0_change_no_bit_of_the_student(digits: Path, colour: P
     assert losses(tmp_path / "plain") == losses(tmp_path / "silent")
 
 
-def test_telemetry_against_collapse_is_recorded(distilled: Path) -> None:
+def test_telemetry_against_collapse_is_recorded_and_drawn(distilled: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (distilled / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     wanted = {"amid.information_teacher_student", "amid.information_teacher_auxiliary", "amid.teacher_to_guess", "amid.critic_accuracy"}
     for line in (line for line in lines if "loss" in line):
         assert wanted <= line.keys()
         assert 0 <= line["amid.critic_accuracy"] <= 1 and 0 <= line["amid.teacher_to_guess"] <= 4
+    page = write_report([distilled], tmp_path / "report.html").read_text(encoding="utf-8")
+    titles = [
+        "I(T;S), ",
+        "I(T;A), ",
+        "H(T|S)",
+        "The critic&#39;s accuracy",
+        "Agreement with",
+        "Features like",
+        "The online teacher&#39;s accuracy",
+    ]
+    assert all(f"<h3>{title}" in page for title in titles)
 
 
 def test_an_auxiliary_that_some_rows_lack_trains_the_others(colour: Path, tmp_path: Path) -> None:
