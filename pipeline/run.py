@@ -35,7 +35,7 @@ from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
 from pipeline.selection.groups import GlobalSelector, GroupSelector
 from pipeline.selection.scoring import Scoring, ScoringConfig
-from pipeline.task import Task, check_wiring
+from pipeline.task import Task, check_wiring, feature_names
 from pipeline.teachers.base import TeacherConfig, Teachers
 from pipeline.towers.base import TowerConfig, TowerData
 from pipeline.trainer import Trainer
@@ -215,7 +215,8 @@ def build_task(config: RunConfig, folder: Path, comm: Comm) -> Task:
     """Towers and objectives with fresh weights, on the CPU."""
     towers = {name: tower.build(folder) for name, tower in config.towers.items()}
     objectives = {name: (objective.weight, objective.build()) for name, objective in config.objectives.items()}
-    return Task(towers, objectives, comm)
+    trained = {feature for objective in config.objectives.values() for feature in objective.trains()}
+    return Task(towers, objectives, comm, set(feature_names(config.towers)) - trained)
 
 
 class TrainedRun:

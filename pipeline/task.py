@@ -1,6 +1,6 @@
 """Towers and objectives in one module: the engine wraps it, and its forward is the only way to the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -84,10 +84,17 @@ def _field_names(towers: Mapping[str, TowerConfig], teachers: Mapping[str, Teach
 
 
 class Task(nn.Module):
-    """Runs every tower every step and adds up the weighted objectives."""
+    """Runs every tower every step and adds up the weighted objectives.
 
-    def __init__(self, towers: dict[str, nn.Module], objectives: dict[str, tuple[float, nn.Module]], comm: Comm) -> None:
+    `untrained`: features that no objective sends a gradient to (a head beside the one that is read). They join the loss times zero: DDP
+    waits for a gradient of every parameter, and on any number of ranks, in any ZeRO stage, the optimizer then does the same to all.
+    """
+
+    def __init__(
+        self, towers: dict[str, nn.Module], objectives: dict[str, tuple[float, nn.Module]], comm: Comm, untrained: Collection[str] = ()
+    ) -> None:
         super().__init__()
+        self.untrained = frozenset(untrained)
         self.towers = nn.ModuleDict(towers)
         self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in objectives.items()})
         self.weights = {name: weight for name, (weight, _) in objectives.items()}
@@ -120,6 +127,7 @@ class Task(nn.Module):
             }
             cached.before_loss()
         loss, seen = self.loss(features, batch, selection)
+        loss = loss + sum(0 * value.sum() for name, value in features.items() if name in self.untrained)
         if "scale" in features:
             seen["logit_scale"] = features["scale"].detach().squeeze()
         against = {f"{name}/{key}": rows for name, objective in self.objectives.items() for key, rows in objective.adversary_inputs.items()}

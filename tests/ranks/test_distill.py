@@ -43,7 +43,7 @@ def assert_same_training(run: Path, expected: Path) -> None:
         assert np.allclose(critics[0][name].numpy(), critics[1][name].numpy(), atol=1e-3), name
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "stage 2" else pytest.mark.slow) for name in STAGES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "DDP" else pytest.mark.slow) for name in STAGES])
 def test_two_ranks_train_like_one_process(launcher: Launcher, digits: Path, colour: Path, alone: Path, tmp_path: Path, name: str) -> None:
     given = command(made(digits, colour, tmp_path / "run", zero=STAGES[name]))
     for child in launcher.ranks(2, given, free_port()):
