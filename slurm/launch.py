@@ -69,8 +69,10 @@ def _as_name(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", value if isinstance(value, str) else json.dumps(value)).strip("-")
 
 
-def read_runs(config: str, overrides: list[str], sweep: list[str], world: int) -> tuple[Path, dict[Path, Any]]:
-    """The folder of a run or sweep, and run folder -> validated configuration. Raises ConfigError."""
+def read_runs(
+    config: str, overrides: list[str], sweep: list[str], world: int, before: dict[Path, Any] | None = None
+) -> tuple[Path, dict[Path, Any]]:
+    """The folder of a run or sweep, and run folder -> validated configuration; `before`: the same of the first stage. Raises ConfigError."""
     from pipeline.run import RunConfig
     from slurm.plan import check
 
@@ -81,7 +83,7 @@ def read_runs(config: str, overrides: list[str], sweep: list[str], world: int) -
             raise ConfigError(f"{config}: out: {found.out}: a job's folder has to lie on a file system that all nodes see")
         top = Path(found.out).absolute()
         found = found.model_copy(update={"out": str(top / name)})
-        check(found, world)
+        check(found, world, before)
         runs[top / name] = found
     return top, runs
 
@@ -176,7 +178,7 @@ def launch(args: argparse.Namespace) -> int:
     top, runs = read_runs(args.config, args.overrides, args.sweep, world)
     stages = [(top, runs)]
     if args.then:
-        stages.append(read_runs(args.then, args.then_set, [], world))
+        stages.append(read_runs(args.then, args.then_set, [], world, runs))
         if stages[1][0] == top:
             raise ConfigError(f"--then {args.then}: both runs would train in {top}; give the second another folder with --then-set out=...")
     if args.dry_run:

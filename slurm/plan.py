@@ -1,21 +1,23 @@
 """What a run asks of a cluster, from its configuration alone: lanes, batch arithmetic, memory, and a forecast with its assumptions."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, to_yaml
 from pipeline.data.errors import DataError
 from pipeline.data.index import Index
 from pipeline.data.lanes import Layout, RankLanes, SourceShape, layout
 from pipeline.run import RunConfig
 from pipeline.task import check_wiring
 from pipeline.towers.base import TowerData
+from pipeline.weights import tower_of
 from slurm.cluster import ClusterConfig
 
 SHARD = 10_000  # samples of a shard, where there is no index to ask
@@ -47,31 +49,43 @@ def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     return found
 
 
-class _Planned(NamedTuple):
-    """A teacher whose run has yet to be trained (--then): it is taken to give what is read of it."""
-
-    features: tuple[str, ...]
-
-    def gives(self) -> tuple[str, ...]:
-        return self.features
-
-    def reads(self) -> tuple[str, ...]:
-        return ()
-
-
-def _as_planned(name: str, config: RunConfig) -> Any:
-    teacher = config.teachers[name]
-    run = getattr(teacher, "run", None)
-    if run is None or Path(run).exists():
-        return teacher
-    read = (feature for objective in config.objectives.values() for feature in objective.reads())
-    return _Planned(tuple(feature.removeprefix(f"{name}.") for feature in read if feature.startswith(f"{name}.")))
-
-
-def check(config: RunConfig, world: int) -> None:
-    """Everything about a run that can be known before it starts and without its data. Raises ConfigError."""
-    check_wiring(config.towers, config.objectives, {name: _as_planned(name, config) for name in config.teachers}, config.data)
+def check(config: RunConfig, world: int, before: Mapping[Path, RunConfig] | None = None) -> None:
+    """Everything about a run that can be known before it starts and without its data. `before`: folder -> configuration of the runs that it
+    will find trained, to start from or to learn from. Raises ConfigError."""
+    with _as_if_trained(config, before or {}) as seen:
+        check_wiring(seen.towers, seen.objectives, seen.teachers, seen.data)
+        for to, origin in seen.init_from.towers.items() if seen.init_from else ():
+            tower_of(Path(seen.init_from.run), origin.split(".")[0], f"init_from.towers.{to}")
+    with torch.device("meta"):
+        for objective in config.objectives.values():
+            objective.build()
     plan(config, world, config.data.pool * 1000)
+
+
+@contextmanager
+def _as_if_trained(config: RunConfig, before: Mapping[Path, RunConfig]) -> Iterator[RunConfig]:
+    """The configuration, with a folder that tells the same in the place of each run that is not there yet."""
+    with TemporaryDirectory() as made_up:
+
+        def found(part: Any) -> Any:
+            run = getattr(part, "run", None)
+            first = before.get(Path(run).absolute()) if run else None
+            if first is None:
+                return part
+            folder = Path(made_up + first.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "resolved.yaml").write_text(to_yaml(first), encoding="utf-8")
+            return part.model_copy(update={"run": str(folder)})
+
+        try:
+            yield config.model_copy(
+                update={
+                    "init_from": found(config.init_from),
+                    "teachers": {name: found(teacher) for name, teacher in config.teachers.items()},
+                }
+            )
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(made_up, "")) from None
 
 
 class Model(NamedTuple):
@@ -84,7 +98,6 @@ class Model(NamedTuple):
 def measure(config: RunConfig) -> Model:
     """Builds the towers of tensors that have a shape and no memory, and counts. A tokenizer that is not trained yet counts as configured,
     or, for a debug tower, as a small one. Raises ConfigError for an unknown model."""
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -109,8 +122,6 @@ def measure(config: RunConfig) -> Model:
 @contextmanager
 def _where_it_is() -> Iterator[None]:
     """Without Module.to, which cannot move what has no memory; open_clip calls it even for the device a model is on."""
-    import torch
-
     moved = torch.nn.Module.to
     torch.nn.Module.to = lambda module, *args, **kwargs: module
     try:

@@ -89,7 +89,10 @@ def read(run: str | Path, queued: dict[str, Queued] | None, tail: int) -> Status
         status.quiet_seconds = max(0.0, time.time() - (run / "metrics.jsonl").stat().st_mtime)
     _judge(status, told, mine, result, queued, view.lives if view else lambda: is_locked(run))
     if told.get("logs") and job and tail:
-        status.log = _end_of(Path(told["logs"]) / f"{job}_0_log.out")[-tail:]
+        # a rank that left with a message has it in a log of its own; rank 0 may have been killed before it said anything
+        spoke = {event["rank"] for event in mine if event["event"] == "refused" and event["start"] == status.restarts}
+        logs = [Path(told["logs"]) / f"{job}_{rank}_log.out" for rank in sorted(spoke or {0})[:2]]
+        status.log = [line for log in logs for line in _end_of(log)[-tail:]]
     return status
 
 
@@ -166,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints every run; 0 when all of them are complete, waiting or running, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description="How runs are doing.")
     parser.add_argument("runs", nargs="+", help="run folders, or their URLs")
-    parser.add_argument("--tail", type=int, default=5, help="lines of rank 0's log")
+    parser.add_argument("--tail", type=int, default=5, help="lines of rank 0's log, or of those of two ranks that refused to go on")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args(arguments)
     missing = [run for run in args.runs if "://" not in run and not Path(run).is_dir()]

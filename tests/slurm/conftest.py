@@ -11,6 +11,8 @@ from typing import NoReturn
 
 import pytest
 
+from pipeline.config import read_yaml
+from slurm.queue import ACTIVE
 from tests.runs import DEBUG, ROOT, Launcher, free_environment, losses, wait_for
 from tests.slurm.cluster import Cluster, install
 
@@ -66,6 +68,15 @@ def settings(data: Path) -> list[str]:
     return [f"data.sources=[{{url: {data}}}]", "evaluation.data=null", "engine.threads=1"]
 
 
+def follow(first: Path, path: Path) -> Path:
+    """Writes the configuration of a second stage: the first one's weights to start from, and to learn from."""
+    taught = {"init_from": {"run": str(first), "towers": {"student": "student"}}, "teachers": {"old": {"name": "live", "run": str(first)}}}
+    kd = {"name": "feature_kd", "student": "image", "teacher": "old.image", "projector": "none"}
+    taught |= {"objectives": {"clip": {"name": "clip"}, "kd": kd}}
+    path.write_text(json.dumps(read_yaml(DEBUG.read_text()) | taught))
+    return path
+
+
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
     """`python -m MODULE ...` in the repository, within two minutes."""
     command = [sys.executable, "-m", module, *arguments]
@@ -95,10 +106,8 @@ def reached(folder: Path, step: int) -> bool:
 
 
 def settled(cluster: Cluster, job: str) -> str:
-    """Waits until Slurm has finished with a job; its state."""
-    unfinished = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-    wait_for(lambda: cluster.state(job) not in unfinished, f"the end of job {job}", every=0.2)
-    return cluster.state(job)
+    """Waits until Slurm has finished with a job; its state. An empty answer is none: on a busy machine a question may time out."""
+    return wait_for(lambda: (state := cluster.state(job)) not in ("", *ACTIVE) and state, f"the end of job {job}", every=0.2)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from slurm.launch import main, points
 from slurm.queue import Queued
 from slurm.status import duration, read
 from tests.runs import DEBUG, ROOT
+from tests.slurm.conftest import follow
 
 FILES = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
 BIG = ROOT / "configs" / "pretrain" / "vitb16_cc12m_dissect.yaml"
@@ -72,6 +73,28 @@ def test_a_folder_with_a_checkpoint_of_another_configuration_is_left_alone(
     check_free(config)
     with pytest.raises(ConfigError, match="optimizer.lr was 0.01, now 0.5"):
         check_free(load(RunConfig, trained / "resolved.yaml", ["optimizer.lr=0.5"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("init_from.towers.student=pupil", "init_from.towers.student: {first}: unknown tower 'pupil'. Known: student"),
+        ("teachers.old.tower=pupil", "teachers: live: {first}: unknown tower 'pupil'. Known: student"),
+        ("objectives.kd.teacher=old.imag", "objectives.kd reads ['old.imag'], but the towers give"),
+        ("objectives.kd.projector=linear", "projector: linear needs student_width and teacher_width"),
+        ("init_from.run=/nowhere", "init_from.towers.student: /nowhere: is no run folder"),
+    ],
+)
+def test_a_second_stage_is_checked_against_the_first_which_is_not_there_yet(
+    wrong: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    then = ["--then", str(follow(first, tmp_path / "then.yaml")), "--then-set", f"out={second}"]
+    command = [str(DEBUG), "--cluster", str(CPU), f"out={first}", *then, "--dry-run", "--samples", "1000"]
+    assert main([*command, "--then-set", wrong]) == 2
+    assert said.format(first=first) in capsys.readouterr().err
+    assert main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["then.yaml"]
 
 
 def test_points_of_a_sweep_multiply() -> None:
@@ -144,6 +167,10 @@ def test_a_folder_tells_its_state_without_squeue(trained: Path, tmp_path: Path) 
     found = read(tmp_path, None, 5)
     assert (found.state, found.why) == ("ended", "exit code 2 after the checkpoint of step 0; its log says why")
     assert found.log == ["error: what went wrong", "run: 20%"]
+    (tmp_path / "7_1_log.out").write_text("error: what only rank 1 knows\n")
+    events.insert(1, {"event": "refused", "job": "7", "start": 0, "rank": 1})
+    (tmp_path / "starts.jsonl").write_text("\n".join(map(json.dumps, events)))
+    assert read(tmp_path, None, 5).log == ["error: what only rank 1 knows"]
     waiting = read(tmp_path, {"7": Queued("7", "PENDING", "Priority", "", "N/A")}, 5)
     assert (waiting.state, waiting.why) == ("waiting", "jobs of a higher priority are before it (Priority)")
 

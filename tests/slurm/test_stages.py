@@ -13,18 +13,18 @@ from pipeline.config import read_yaml
 from slurm.notes import committed_step
 from tests.runs import DEBUG, ROOT, Launcher, assert_same_end, free_environment, losses, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import FILE, LOCAL, Launch, free_port, reached, run, settings, settled, train
+from tests.slurm.conftest import FILE, LOCAL, Launch, follow, free_port, reached, run, settings, settled, train
 
 pytestmark = pytest.mark.slurm
 
 
 def test_a_second_stage_starts_after_the_first_and_never_after_a_failed_one(
-    cluster: Cluster, launch: Launch, icons_small: Path, tmp_path: Path
+    cluster: Cluster, launch: Launch, launcher: Launcher, icons_small: Path, tmp_path: Path
 ) -> None:
-    second = tmp_path / "second"
-    values = read_yaml(DEBUG.read_text())
-    (tmp_path / "then.yaml").write_text(json.dumps(values | {"evaluation": {}, "engine": {"precision": "fp32", "threads": 1}}))
-    then = ["--then", str(tmp_path / "then.yaml"), "--then-set", f"out={second}", "--then-set", f"data.sources=[{{url: {icons_small}}}]"]
+    first, second = tmp_path / "run", tmp_path / "second"
+    follows = follow(first, tmp_path / "then.yaml")
+    changes = [f"out={second}", *settings(icons_small)]
+    then = ["--then", str(follows), *(word for change in changes for word in ("--then-set", change))]
 
     failing = launch(f"data.sources=[{{url: {tmp_path / 'nothing'}}}]", *then)
     after = json.loads((second / "launch.json").read_text())
@@ -34,15 +34,19 @@ def test_a_second_stage_starts_after_the_first_and_never_after_a_failed_one(
     assert settled(cluster, failing) == "FAILED"
     wait_for(lambda: cluster.state(after["job"]) == "CANCELLED", "the second stage to go", every=0.2)
     assert not (second / "metrics.jsonl").exists()
-    assert "nothing" in run("slurm.status", str(tmp_path / "run")).stdout
+    assert "nothing" in run("slurm.status", str(first)).stdout
 
-    first = launch(*then)
+    job = launch(*then)
     after = json.loads((second / "launch.json").read_text())
-    assert settled(cluster, after["job"]) == "COMPLETED" and cluster.state(first) == "COMPLETED"
-    assert losses(second) == losses(tmp_path / "run")
-    started = [json.loads((tmp_path / name / "starts.jsonl").read_text().splitlines()[-2])["time"] for name in ("run", "second")]
-    ended = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[-1])["time"]
+    assert settled(cluster, after["job"]) == "COMPLETED" and cluster.state(job) == "COMPLETED"
+    started = [json.loads((folder / "starts.jsonl").read_text().splitlines()[-2])["time"] for folder in (first, second)]
+    ended = json.loads((first / "starts.jsonl").read_text().splitlines()[-1])["time"]
     assert started[1] > ended
+    assert losses(second)[0][1] < losses(first)[0][1], "it starts from what the first one has learnt"
+    alone = tmp_path / "alone"
+    for child in launcher.ranks(2, ["train", str(follows), f"out={alone}", *settings(icons_small)], free_port()):
+        child.finish()
+    assert_same_end(alone, second)
 
 
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
