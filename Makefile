@@ -60,6 +60,7 @@ bench: env
 	$(BIN)/python -m benchmarks.kernel
 	$(BIN)/python -m benchmarks.selector --name dissect
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.checkpoint
 
 clean:
 	rm -rf .venv data runs

@@ -93,6 +93,10 @@ class Saver:
             raise self._failed(writer.folder, writer.trouble) from writer.trouble
         return Saved(writer.step, writer.size, self._stalled + time.perf_counter() - began, writer.seconds)
 
+    def busy(self) -> bool:
+        """Whether this rank's thread still works. Not collective, waits for nothing."""
+        return self._writer is not None and not self._writer.ended.is_set()
+
     def failed(self) -> bool:
         """Whether this rank's thread has met trouble; what the ranks vote on. Not collective, waits for nothing."""
         return self._writer is not None and self._writer.trouble is not None

@@ -124,19 +124,20 @@ def test_an_error_of_training_lets_the_save_under_way_become_whole(tmp_path: Pat
     assert commits(tmp_path) == ["step-00000001"]
 
 
-# what SLOW names ("step-00000012 5.0") takes so many seconds to write; on the rank FULL no file grows beyond 100 kB after the first COMMIT
+# what SLOW names ("step-00000012 5.0 1") takes so many seconds to write, on that rank; on the rank FULL no file grows beyond 100 kB after the first COMMIT
 LAB = """
 import os, resource, time
 from pathlib import Path
-from pipeline.distributed import state
+from pipeline.distributed import saver, state
 from pipeline.towers import linear
 
-inner, (step, seconds) = state.save_file, os.environ.get("SLOW", "none 0").split()
+inner, (step, seconds, rank) = state.save_file, os.environ.get("SLOW", "none 0 0").split()
+saver.LAST_WORDS = 1.0
 
 
 def save_file(tensors, path, metadata=None):
     inner(tensors, path, metadata)
-    if path.parent.name == step:
+    if path.parent.name == step and os.environ.get("RANK", "0") == rank:
         Path(os.environ["SAYS"]).touch()
         time.sleep(float(seconds))
 
@@ -170,14 +171,25 @@ def test_a_run_killed_while_its_thread_writes_goes_on_from_the_checkpoint_before
     launcher: Launcher, trained: Path, tmp_path: Path, command: list[str]
 ) -> None:
     run, says = tmp_path / "run", tmp_path / "writes"
-    child = launcher.start(command, PYTHONPATH=str(tmp_path), SLOW="step-00000012 3600", SAYS=str(says))
+    child = launcher.start(command, PYTHONPATH=str(tmp_path), SLOW="step-00000012 3600 0", SAYS=str(says))
     wait_for(lambda: child.poll() is not None or (says.exists() and len(losses(run)) > 14), "steps beside a save")
     assert child.kill(signal.SIGKILL) and child.wait() == -signal.SIGKILL
     assert commits(run) == ["step-00000006"] and (run / "checkpoints" / "step-00000012" / "model.safetensors").exists()
     says.unlink()
-    launcher.run(command, PYTHONPATH=str(tmp_path), SLOW="step-00000018 1.5", SAYS=str(says))  # the process does not leave before
+    launcher.run(command, PYTHONPATH=str(tmp_path), SLOW="step-00000018 1.5 0", SAYS=str(says))  # the process does not leave before
     assert says.exists() and commits(run) == ["step-00000012", "step-00000018"]
     assert_same_end(run, trained)
+
+
+def test_a_rank_that_dies_while_it_writes_keeps_nobody_waiting(launcher: Launcher, tmp_path: Path, command: list[str]) -> None:
+    says = tmp_path / "writes"
+    slow = {"PYTHONPATH": str(tmp_path), "SLOW": "step-00000012 3600 1", "SAYS": str(says)}
+    first, second = launcher.ranks(2, [*command, "visits=60"], free_port(), **slow)
+    wait_for(lambda: first.poll() is not None or says.exists(), "the write of rank 1")
+    assert second.kill(signal.SIGKILL) and second.wait() == -signal.SIGKILL
+    assert first.wait() != 0  # its own files are written, those of the other never come
+    assert commits(tmp_path / "run") == ["step-00000006"]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012" / "done-00000.json").exists()
 
 
 @pytest.mark.parametrize("rank", [1, 0])
