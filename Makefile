@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools/torchvision_cpu.py | cksum | cut -d ' ' -f 1)
 TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
 
-.PHONY: env demo data test test-slow test-slurm test-all kernels lint golden bench clean
+.PHONY: env demo data data-openmoji test test-slow test-slurm test-all kernels lint golden bench clean
 
 env: $(READY)
 
@@ -19,13 +19,19 @@ data: env
 	$(BIN)/python -m tools.make_shards icons data/icons/train --split train --min-count 4 --shared --size 32 --noise 0.4
 	$(BIN)/python -m tools.make_shards icons data/icons/test --split test --min-count 4 --shared --size 32
 
-# the whole story on real data: shards, two runs that differ in the selector alone, their evaluation, one page
-demo: data
+data-openmoji: env
+	$(BIN)/python -m tools.make_shards openmoji data/openmoji/train --split train --size 32
+	$(BIN)/python -m tools.make_shards openmoji data/openmoji/test --split test --size 32
+
+# the whole story on real data: shards, two runs that differ in the selector alone, their evaluation; a second stage with teachers that
+# see more, six methods over three seeds; one page
+demo: data data-openmoji
 	$(TRAIN) out=runs/demo/dissect
 	$(TRAIN) out=runs/demo/random selector.name=random
 	$(BIN)/python -m pipeline evaluate runs/demo/dissect --quiet
 	$(BIN)/python -m pipeline evaluate runs/demo/random --quiet
-	$(BIN)/python -m pipeline report runs/demo/dissect runs/demo/random --out runs/demo/report.html
+	$(BIN)/python -m tools.compare configs/compare/openmoji.yaml --out runs/demo/distill --seeds 3 --jobs 3
+	$(BIN)/python -m pipeline report runs/demo/dissect runs/demo/random --compare runs/demo/distill --out runs/demo/report.html
 
 lint: env
 	$(BIN)/ruff check .

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", help="run folders, or their URLs")
     report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run; here, where that is a URL")
+    report.add_argument("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of tools.compare: methods over seeds")
     return top
 
 
@@ -164,7 +165,7 @@ def report(args: argparse.Namespace) -> int:
     for view in views:
         view.pull("selection/*", "evaluation/*")
     folders = [view.folder for view in views]
-    page = write_report(folders, args.out or (Path() if views[0].store else folders[0].parent) / "report.html")
+    page = write_report(folders, args.out or (Path() if views[0].store else folders[0].parent) / "report.html", args.compare)
     runs = [load_run(path, place) for place, path in enumerate(folders)]
     label(runs)
     print(f"{page}\n\n{plain_text(runs)}")

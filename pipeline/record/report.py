@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from pipeline.config import ConfigError
 from pipeline.record import plots
+from pipeline.record.compared import read
 from pipeline.record.images import contact_sheets, data_uri, load_pairs
 from pipeline.record.plots import Plot, Series, finite
 from pipeline.record.runs import UNREADABLE, Run, dig, label, load_run, number, read_part
@@ -20,8 +21,9 @@ CAPTIONS_SHOWN, IMAGES_SHOWN = 8, 5
 _NO_SELECTION = ("random", "keep_all")  # their sheets would show the luck of the draw
 
 
-def write_report(runs: list[Path], out: Path) -> Path:
-    """Writes the page about `runs` (the first is the subject, the others stand beside it) and returns `out`.
+def write_report(runs: list[Path], out: Path, compared: Sequence[Path] = ()) -> Path:
+    """Writes the page about `runs` (the first is the subject, the others stand beside it) and returns `out`. `compared`: folders of
+    tools.compare, a table of methods over seeds for each.
 
     Reads `resolved.yaml`, `metrics.jsonl`, `result.json`, `selection/` and `evaluation/examples.json` of each, and the few images it
     shows from the shards that these name. Whatever is missing or unreadable becomes a sentence on the page. Raises ConfigError when
@@ -42,6 +44,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
         differ=differ,
         comparison=comparison(loaded),
         plots=[plot._replace(svg=Markup(plot.svg)) for plot in _plots(loaded)],
+        compared=[read(folder) for folder in compared],
         missing_plots=_missing_plots(loaded),
         missing_figures=_missing_figures(loaded),
         sheets=_sheets(loaded),

@@ -13,7 +13,7 @@ from pipeline.run import RunConfig
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
-NO_RUNS = ("cluster", "accelerate")  # folders of configs/ that hold something other than runs
+NO_RUNS = ("cluster", "accelerate", "compare")  # folders of configs/ that hold something other than runs
 
 
 def runs() -> list[Path]:

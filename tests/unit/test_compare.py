@@ -7,12 +7,16 @@ import pytest
 import torch
 import yaml
 
+from pipeline.config import ConfigError
 from pipeline.evaluation.recognition import recognition
 from pipeline.evaluation.retrieval import class_retrieval
 from pipeline.record.compared import read, table
-from tools.compare import main
+from pipeline.record.report import write_report
+from pipeline.task import check_wiring
+from tools.compare import configs, main, read_plan
 from tools.make_shards import main as make_shards
 
+ROOT = Path(__file__).parents[2]
 EYE = {"name": "image", "arch": "mlp", "width": 32, "layers": 1, "embed_dim": 16, "channels": 1, "image_size": 8, "classes": 10}
 
 
@@ -70,6 +74,26 @@ def test_a_plan_that_cannot_run_is_one_message(plan: Path, tmp_path: Path, capsy
         assert main([str(plan), "--out", str(tmp_path / "runs")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_configs_are_wired(path: Path, tmp_path: Path) -> None:
+    for config in configs(read_plan(path), tmp_path, 0).values():
+        towers = {name: one for name, one in config.objectives.items() if all(not f.startswith(("ume.",)) for f in one.reads())}
+        check_wiring(config.towers, towers, {})
+
+
+def test_the_report_shows_a_comparison_beside_runs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "result.json").write_text("{}", encoding="utf-8")
+    found = {"about": "Line art <alone>.", "seeds": [0, 1], "methods": {"none": {"mAP": [0.5, 0.6]}, "amid": {"mAP": [0.7, 0.55]}}}
+    (tmp_path / "compare.json").write_text(json.dumps(found), encoding="utf-8")
+    page = write_report([run], tmp_path / "page.html", [tmp_path]).read_text(encoding="utf-8")
+    assert "methods over 2 seeds" in page and "Line art &lt;alone&gt;." in page
+    assert '<td class="best">62.5 ± 10.6<br><span class="chance">1/2</span></td>' in page
+    with pytest.raises(ConfigError, match="tools.compare writes it"):
+        write_report([run], tmp_path / "page.html", [run])
 
 
 def test_the_table_tells_mean_spread_and_wins_against_the_first() -> None:
