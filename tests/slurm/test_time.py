@@ -1,5 +1,6 @@
-"""Time that is short: a limit that comes in the middle of a save, or before one can end."""
+"""Time that is short, and clocks that differ: a time limit that comes in the middle of a save, and ranks whose hosts disagree by days."""
 
+import os
 import time
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 
 from slurm.notes import committed_step, notes
 from tests.runs import Launcher, assert_same_end, losses, wait_for
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Launch, Say, free_port, reached, settled, status, train
+from tests.slurm.cluster import Cluster, faketime
+from tests.slurm.conftest import SHORT, Launch, Say, free_port, reached, settled, status, train
 
 pytestmark = pytest.mark.slurm
 SLOW_SAVES = ["towers.student.width=8192", "steps=40", "visits=", "data.workers=1"]  # 180 MB a checkpoint
@@ -62,3 +63,33 @@ def test_a_time_limit_that_leaves_no_time_to_save_loses_what_was_not_committed(
     assert [event["step"] for event in notes(folder) if event["event"] == "start"] == [0, kept]
     assert_same_end(whole, folder)
     say(f"time limit without time to save: killed at step {step} in the save of {[path.name for path in left]}, resumed at {kept}")
+
+
+def test_ranks_whose_clocks_differ_train_stop_and_resume_all_the_same(
+    cluster: Cluster, launch: Launch, short: Path, tmp_path: Path, say: Say
+) -> None:
+    skew = {0: -2 * 3600, 1: 3 * 86400}  # seconds
+    prolog = tmp_path / "prolog"  # slurmstepd runs it before each rank, and sets the variables that it prints
+    cases = " ".join(f"{rank}) echo export FAKETIME={seconds:+d}s;;" for rank, seconds in skew.items())
+    prolog.write_text(f"#!/bin/sh\necho export LD_PRELOAD={faketime()}\ncase $SLURM_PROCID in {cases} esac\n")
+    prolog.chmod(0o755)
+    folder = tmp_path / "run"
+    job = launch(*SHORT, "checkpoint.every=100000", "watchdog.timeout=30", "--resource", f"srun=[--task-prolog={prolog}]")
+    wait_for(lambda: reached(folder, 50), "step 50")
+    for rank, node in enumerate(cluster.nodes[:2]):
+        (process,) = cluster.ranks(node)
+        assert f"FAKETIME={skew[rank]:+d}s" in Path(f"/proc/{process}/environ").read_text().split("\0")
+        assert faketime() in Path(f"/proc/{process}/maps").read_text()
+    assert notes(folder)[0]["time"] - os.stat(folder / "launch.json").st_mtime == pytest.approx(skew[0], abs=600)
+    assert 0 < status(folder)["eta_seconds"] < 600 and status(folder)["state"] == "running"
+    step, began = losses(folder)[-1][0], time.monotonic()
+    cluster.ask("scancel", "--signal=USR2", job)
+    wait_for(lambda: len([e for e in notes(folder) if e["event"] == "start"]) == 2, "the second start", every=0.1)
+    saved = notes(folder)[-1]["step"]
+    wait_for(lambda: reached(folder, saved + 1), "the next step", every=0.05)
+    taken = time.monotonic() - began
+    assert settled(cluster, job) == "COMPLETED" and cluster.restarts(job) == 1
+    assert saved >= step and [event["event"] for event in notes(folder)] == ["start", "saved", "start", "end"]
+    assert not list(folder.glob("hang-*"))
+    assert_same_end(short, folder)
+    say(f"clocks 2 h behind and 3 days ahead: stopped and resumed at step {saved}, {taken:.0f} s to the next step")
