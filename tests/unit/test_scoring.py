@@ -1,5 +1,6 @@
 """The options of the scoring pass: what each embeds, what stands in for it, and that training itself stays as it is."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.loops import PublishedLoop
 from pipeline import kernels
 from pipeline.config import ConfigError, dump, load, parse
 from pipeline.data.lanes import RankLanes, SourceShape, layout
@@ -218,6 +220,24 @@ def test_a_super_batch_trains_as_many_rows_as_the_batch_says(start) -> None:
     assert trainer.steps == 18
     batch = trainer.data.next()
     assert len(batch) == 64 and len(trainer.scoring.choose(batch, 17).selection.rows) == 32
+
+
+def test_the_published_loop_that_is_timed_chooses_and_trains_what_a_run_does(start) -> None:
+    options = ("selector={name: dissect, rate: 0.25}", "data.groups=1", "optimizer={lr: 0.001, weight_decay: 0.1, warmup: 0.0}")
+    trainer = start(VIT, *options, "steps=1", "visits=null")
+    tower, batch = copy.deepcopy(trainer.engine.raw.towers["student"]), trainer.data.next()
+    peer = PublishedLoop(tower, iter([batch]), torch.float32, 0.25, trainer.data.lanes.num_samples)
+    table = trainer.selector.selector.scores
+    table.visits.fill_(1)
+    table.score.copy_(torch.tensor([peer.book.history[f"{sample:09}"] for sample in trainer.data.lanes.ids.tolist()]))
+    assert peer.step() == 64
+    choice = trainer.scoring.choose(batch, 0)
+    chosen = {int(key) for key, kept in peer.book.chosen.items() if kept}
+    assert chosen == set(batch.sample[choice.selection.rows].tolist()) and len(chosen) == 16
+    trainer.engine.step(batch.take(choice.selection.rows), choice.selection, 0)
+    for name, value in trainer.engine.raw.towers["student"].state_dict().items():
+        if not name.endswith("bias"):  # which ours does not decay
+            assert ((value - tower.state_dict()[name]).abs() < 3e-4).float().mean() > 0.99, name  # of a first step of 1e-3
 
 
 def test_the_cost_model_is_printed_at_the_first_step(start, capsys: pytest.CaptureFixture) -> None:
