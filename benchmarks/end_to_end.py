@@ -73,8 +73,8 @@ def contenders(args: argparse.Namespace, top: Path) -> tuple[dict[str, Callable[
     """Name -> one step, and the trainers behind ours."""
     trainers = {"full": ours(args, top / "full", "selector.name=keep_all")}
     trainers |= {"random": ours(args, top / "random", "selector.name=random", f"selector.rate={args.rate}")}
-    for name, overrides in OURS.items():
-        trainers[f"ours, {name}"] = ours(args, top / name.replace(" ", "-"), f"selector.rate={args.rate}", *overrides)
+    for name in args.ours:
+        trainers[f"ours, {name}"] = ours(args, top / name.replace(" ", "-"), f"selector.rate={args.rate}", *OURS[name])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     config = configuration(args, top / "full")
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--ours", nargs="+", choices=list(OURS), default=list(OURS), metavar="OPTIONS", help=f"which of: {'; '.join(OURS)}")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--json")
     args = parser.parse_args()
