@@ -23,4 +23,6 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
         found.append({name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None})
     plain, recomputed = found
     assert plain.keys() == recomputed.keys() and len(plain) > 50
-    assert all(torch.allclose(recomputed[name], gradient, rtol=1e-4, atol=1e-6) for name, gradient in plain.items())
+    size = max(float(gradient.norm()) for gradient in plain.values())
+    worst = max(float((recomputed[name] - gradient).norm()) for name, gradient in plain.items())
+    assert worst < 1e-5 * size
