@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> int:
             complete = trainer.fit()
             if trainer.engine.comm.rank == 0:
                 p = trainer.progress
-                samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.bad)}
+                samples = {"offered": p.offered, "scored": p.scored, "trained": p.trained, "bad": dict(trainer.data.counted)}
                 home.refresh("result.json")
                 write_result(
                     trainer.folder,

@@ -161,7 +161,7 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
     groups = GlobalSelector(selector, size, keep, comm) if config.selector.scope == "global" else GroupSelector(selector, size, keep)
     saver = Saver(config.checkpoint, folder, comm, home.taken, home.uploads)
-    stop = Stop(config.stop, comm, home.superseded, saver.failed)
+    stop = Stop(config.stop, comm, home.superseded, lambda: saver.failed() or data.trouble is not None)
     facts |= {"world_size": comm.size, "commit": commit(folder)}
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)

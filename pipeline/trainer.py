@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.errors import DataError, StorageError
 from pipeline.data.loader import DataModule
 from pipeline.distributed import checkpoint
 from pipeline.distributed.engine import Engine
@@ -71,6 +72,8 @@ class Trainer:
         stopping = False
         alive = lambda: (p.step, self.engine.forwards, self.saver.moved)  # noqa: E731
         with self.stop, self.watchdog.over(alive), closing(self.record), self.saver:
+            self.data.start()
+            self.check_data()
             self.record.start(p.step, p)
             while p.step < self.steps and not stopping:
                 with p.timed("total"):
@@ -125,9 +128,21 @@ class Trainer:
 
     def save(self) -> None:
         """Begins a checkpoint, when the one before is whole; collective. Raises CheckpointError, for the one before too."""
+        self.check_data()
         self.record.check_finite(self.engine.weight_norm())
         self.settle()
-        self.saver.save(self.progress.step, self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict()}, self.files)
+        self.saver.save(
+            self.progress.step, self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict(self.engine.comm)}, self.files
+        )
+
+    def check_data(self) -> None:
+        """Raises DataError on every rank when one of them cannot go on; nothing is saved of the steps since then. Collective."""
+        trouble, comm = self.data.trouble, self.engine.comm
+        if comm.any(trouble is not None):
+            kind = StorageError if comm.any(isinstance(trouble, StorageError)) else DataError
+            raise trouble or kind(
+                "another rank cannot go on with its data; its message says why. The same command goes on from the newest checkpoint"
+            )
 
     def files(self, host: Host) -> Files:
         """What this rank saves. The selection log goes first: a checkpoint vouches for what was recorded before it."""

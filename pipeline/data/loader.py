@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Layout, RankLanes, Rows
 from pipeline.data.sources import DataConfig
+from pipeline.distributed.comm import Comm, add_up
 from pipeline.types import Batch
 
 CAP_AFTER = 1000  # samples; before that one bad sample would already be past a small cap
@@ -68,46 +70,76 @@ class DataModule:
     ) -> None:
         self.config, self.fetch, self.steps, self.device = config, fetch, steps, device
         self.lanes = RankLanes(layout, rank, world_size)
-        self.bad: Counter[str] = Counter()
-        self.offered = 0  # rows of this rank, up to and with the batch last returned
+        self.world_size = world_size
+        self.bad: Counter[str] = Counter()  # of this rank, since the start
+        self.counted: Counter[str] = Counter()  # of all ranks, up to the newest checkpoint
+        self.trouble: DataError | None = None  # with several ranks: why this one cannot go on
         self.step = 0
+        self._before: Counter[str] = Counter()  # of all ranks, up to the checkpoint that was loaded
         self._iterator: Iterator[Batch] | None = None
         self._ahead: Batch | None = None
 
-    def next(self) -> Batch:
-        """The batch of the current step, on the device; the one after it starts its way there. Raises DataError past the cap of bad samples."""
+    @property
+    def offered(self) -> int:
+        """Rows of one rank, up to and with the batch last returned."""
+        return self.step * self.lanes.layout.batch // self.world_size
+
+    def start(self) -> None:
+        """Begins to read, unless that was done."""
         if self._iterator is None:
             requests = _Requests(self.lanes, self.step, self.steps)
             self._iterator = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
-            self._ahead = self._advance()
-        batch, self._ahead = self._ahead, self._advance()
+            self._ahead = self._advance(None)
+
+    def next(self) -> Batch:
+        """The batch of the current step, on the device; the one after it starts its way there.
+
+        Raises DataError, also past the cap of bad samples, where there is one rank. Of several none may leave alone, for the others would
+        wait for it: the error is kept in `trouble` until all have agreed to stop, and batches whose rows are not valid pass the time.
+        """
+        self.start()
+        batch = self._ahead
         if batch is None:
-            raise StopIteration(f"the data module was made for {self.steps} steps")
+            raise self.trouble or StopIteration(f"the data module was made for {self.steps} steps")
+        self._ahead = self._advance(batch)
         self.step += 1
         self._count(batch)
         return batch
 
-    def _advance(self) -> Batch | None:
-        batch = next(self._iterator, None)
-        return batch.to(self.device) if batch is not None else None
+    def _advance(self, shape: Batch | None) -> Batch | None:
+        """The batch that comes next; after an error one like `shape` without valid rows."""
+        if self.trouble is None:
+            try:
+                batch = next(self._iterator, None)
+                return batch.to(self.device) if batch is not None else None
+            except DataError as error:
+                self._fail(error)
+        return None if shape is None else replace(shape, valid=torch.zeros_like(shape.valid), bad=())
+
+    def _fail(self, error: DataError) -> None:
+        if self.world_size == 1:
+            raise error
+        self.trouble = self.trouble or error
 
     def _count(self, batch: Batch) -> None:
-        self.offered += len(batch)
         self.bad.update(cause for _, cause in batch.bad)
-        total = self.bad.total()
+        total = self.bad.total() + self._before.total() / self.world_size
         if self.offered >= min(CAP_AFTER, self.lanes.num_samples) and total > self.config.max_bad_fraction * self.offered:
-            causes = ", ".join(f"{cause} {count}" for cause, count in self.bad.most_common())
+            causes = ", ".join(f"{cause} {count}" for cause, count in (self.bad + self._before).most_common())
             last = ", ".join(f"{sample} ({cause})" for sample, cause in batch.bad[:5])
-            raise DataError(
-                f"data: {total} of {self.offered} samples could not be used, more than data.max_bad_fraction {self.config.max_bad_fraction} allows: {causes}. "
+            error = DataError(
+                f"data: {total:g} of {self.offered} samples could not be used, more than data.max_bad_fraction {self.config.max_bad_fraction} allows: {causes}. "
                 f"Sample ids of this batch: {last or 'none'}. Look at the shards with tools.check_shards --decode, or raise the cap"
             )
+            self._fail(error)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The step after the batch last returned, and what was counted so far."""
-        return {"step": self.step, "offered": self.offered, "bad": dict(self.bad)}
+    def state_dict(self, comm: Comm | None = None) -> dict[str, Any]:
+        """The step after the batch last returned, and how many rows of all ranks were offered, and were bad, by cause. Collective where `comm` is given."""
+        self.counted = self._before + (self.bad if comm is None else add_up(self.bad, comm, self.device))
+        return {"step": self.step, "offered": self.step * self.lanes.layout.batch, "bad": dict(self.counted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at `state["step"]`; the cost does not depend on how far that is."""
-        self.step, self.offered, self.bad = state["step"], state["offered"], Counter(state["bad"])
+        self.step, self.bad, self.trouble = state["step"], Counter(), None
+        self._before = self.counted = Counter(state["bad"])
         self._iterator = self._ahead = None

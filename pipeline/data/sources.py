@@ -65,7 +65,9 @@ class DataConfig(Strict):
         None, description="folder for whole remote shards on this node, or 'off' to read them by ranges; None: the user's cache folder"
     )
     cache_gb: float = Field(50.0, gt=0)
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of undecodable samples that stops the run")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of undecodable samples, of those that one rank reads, that stops the run"
+    )
 
     @property
     def pool(self) -> int:

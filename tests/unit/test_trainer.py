@@ -218,9 +218,7 @@ def test_a_learning_rate_that_explodes_leaves_no_checkpoint_that_is_not_finite(i
 
 def test_metrics_say_what_each_step_did(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    fields = (
-        "step visit loss clip logit_scale grad_norm lr candidates_per_second trained_per_second kept_share padded_share data_wait_share "
-    )
+    fields = "step visit loss clip logit_scale grad_norm lr candidates_per_second trained_per_second kept_share padded_share bad_share data_wait_share "
     fields += "peak_memory_bytes eta_seconds wall_seconds flop_utilisation"
     assert [line["step"] for line in lines] == list(range(1, 19))
     recipe = OptimizerConfig(lr=0.01)
