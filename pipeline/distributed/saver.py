@@ -19,7 +19,6 @@ from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
 from pipeline.distributed.comm import Comm
 from pipeline.distributed.host import Files, Host
 from pipeline.distributed.remote import UploadError, Uploads
-from pipeline.distributed.stacks import place_of
 
 T = TypeVar("T")
 LOOK_EVERY = 0.05  # seconds between looks at the other ranks' files, and at a thread that is waited for
@@ -137,11 +136,10 @@ class Saver:
         return value
 
     def _until(self, event: threading.Event, seconds: float = float("inf")) -> None:
-        deadline, before = time.monotonic() + seconds, None
+        deadline, before = time.monotonic() + seconds, self._writer.worked()
         while not event.wait(LOOK_EVERY) and time.monotonic() < deadline:
-            place, _ = place_of(self._writer.ident)
-            self.moved += place != before
-            before = place
+            self.moved += (worked := self._writer.worked()) != before
+            before = worked
 
     def _failed(self, folder: Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):
@@ -170,6 +168,14 @@ class _Writer(threading.Thread):
         self.size, self.seconds = 0, 0.0
         self.written, self.ended = threading.Event(), threading.Event()  # this rank's files, or not; and all that there is to do
         self._give_up, self._all_written = threading.Event(), float("inf")
+        self._clock: int | None = None
+
+    def worked(self) -> float:
+        """CPU seconds of the thread; they grow inside of one long call that writes or hashes as well."""
+        try:
+            return time.clock_gettime(self._clock) if self._clock is not None else 0.0
+        except OSError:  # it has ended
+            return 0.0
 
     def decide(self, failed: bool) -> None:
         """What the ranks agreed on: one has failed, or all have written."""
@@ -178,6 +184,8 @@ class _Writer(threading.Thread):
             self._give_up.set()
 
     def run(self) -> None:
+        if hasattr(time, "pthread_getcpuclockid"):  # not on macOS; there a wait shows no movement
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             self._write()
             self.written.set()

@@ -7,20 +7,9 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
 
 # where a thread waits for other ranks; DDP broadcasts buffers in its own forward and adds gradients up inside of autograd's
 COLLECTIVES = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/distributed.py", "deepspeed/", "pipeline/distributed/comm.py")
-
-
-def place_of(thread: int | None) -> tuple[list[tuple[CodeType, int]], list[int]]:
-    """Code objects with offsets, and line numbers, of a thread's stack from the innermost frame on. Other offsets later on: it moves."""
-    frame, place, lines = sys._current_frames().get(thread), [], []
-    while frame is not None:
-        place.append((frame.f_code, frame.f_lasti))
-        lines.append(frame.f_lineno)
-        frame = frame.f_back
-    return place, lines
 
 
 class Watched:
@@ -33,7 +22,11 @@ class Watched:
 
     def look(self) -> None:
         """Compares with the look before. Keeps code objects and offsets but no frames: those would hold the locals, and so memory."""
-        place, lines = place_of(self._thread)
+        frame, place, lines = sys._current_frames().get(self._thread), [], []
+        while frame is not None:
+            place.append((frame.f_code, frame.f_lasti))
+            lines.append(frame.f_lineno)
+            frame = frame.f_back
         progress = self.progress()
         seen = (progress, place)
         self.still = self.still + 1 if seen == self._seen else 0

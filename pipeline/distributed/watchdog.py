@@ -39,7 +39,7 @@ class WatchdogConfig(Strict):
         300.0,
         gt=0,
         description="seconds without any movement (no step, no forward, always the same line) after which the rank that holds up the others is "
-        "named, and the job ends with exit code 75. More than the longest single call of a save takes, less than torch's own 600 for NCCL, "
+        "named, and the job ends with exit code 75. More than any single call takes, less than torch's own 600 for NCCL, "
         "which does not say who. None: never",
     )
 

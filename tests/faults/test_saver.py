@@ -1,5 +1,6 @@
 """The half of a save that runs beside training: killed, out of room, slow, or not to be committed. Two ranks are two processes."""
 
+import hashlib
 import json
 import signal
 import threading
@@ -82,7 +83,7 @@ def test_a_wait_moves_for_the_watchdog_while_its_thread_does(tmp_path: Path, gat
 
     def busy(path: Path) -> None:
         while saver.moved < 5:
-            turns.append(len(turns))
+            turns.append(hashlib.sha256(bytes(50_000_000)))  # one call that lasts longer than a look
         path.write_text("")
 
     saver.save(1, {}, lambda host: {"busy": busy})
