@@ -79,7 +79,7 @@ def step_of(trainer: Trainer) -> Callable[[], None]:
 
 def methods(folder: Path, shards: Path) -> dict[str, RunConfig]:
     """The configurations, with a teacher that was saved and cached."""
-    first = trainer_of(make(shards, folder / "teacher", towers={"student": TEACHER}))
+    first = trainer_of(make(shards, folder / "teacher", towers={"student": TEACHER}, checkpoint={"asynchronous": False}))
     step_of(first)()
     first.save()
     live = {"big": {"name": "live", "run": str(folder / "teacher")}}
@@ -118,7 +118,7 @@ def report(rounds: int, path: str | None) -> int:
     torch.set_num_threads(1)
     with TemporaryDirectory() as made_up:
         folder = Path(made_up)
-        options = ["--num-train", "1700", "--shard-size", "500", "--workers", "1"]
+        options = ["--num-train", "640", "--shard-size", "500", "--workers", "1"]
         if make_shards(["digits", str(folder / "shards"), *options]):
             raise RuntimeError("the shards were not made")
         trainers = {name: trainer_of(config) for name, config in methods(folder, folder / "shards").items()}
