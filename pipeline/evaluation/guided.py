@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config import ConfigError, dump, parse, to_yaml
+from pipeline.data.errors import DataError
 from pipeline.data.fetch import labels_shown
 from pipeline.evaluation.guide import Choice, NeedsUmt, Rule, choose, probe, ume
 from pipeline.evaluation.student import outputs
@@ -102,7 +103,7 @@ def guide(
     held = _aligned({name: outputs(run, [url], workers=config.evaluation.workers) for name, run in runs.items()})
     urls = [source.url for source in config.data.sources]
     trained = _aligned({name: outputs(run, urls, workers=config.evaluation.workers) for name, run in runs.items()})
-    seen = (trained["label"] >= 0) & labels_shown(config.seed, config.data.labelled, trained["sample"])
+    seen = labels_shown(config.seed, config.data.labelled, trained["sample"])
     probabilities = np.stack([torch.from_numpy(logits).softmax(1).numpy() for logits in held["logits"]])
     found = {
         "labels": held["label"],
@@ -125,12 +126,14 @@ def guide(
 
 
 def _aligned(found: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """The samples that every modality could read and that have at least one: numpy arrays, features and `present` a list by modality."""
+    """The labelled samples that every modality could read and that have at least one: numpy arrays, features and `present` a list by modality."""
     common = sorted(set.intersection(*(set(one["sample"].tolist()) for one in found.values())))
     at = [{sample: row for row, sample in enumerate(one["sample"].tolist())} for one in found.values()]
     rows = [torch.tensor([place[sample] for sample in common]) for place in at]
     picked = [{key: value[row].numpy() for key, value in one.items()} for one, row in zip(found.values(), rows)]
     there = [next((v for k, v in one.items() if k.endswith(".present")), np.ones(len(common), bool)) for one in picked]
-    keep = np.stack(there).any(0)
+    keep = np.stack(there).any(0) & (picked[0]["label"] >= 0)
+    if not keep.any():
+        raise DataError("guide: no sample of these shards has both a label and a modality that can be read; the choice compares accuracies")
     several = {key: [one[key][keep] for one in picked] for key in ("embedding", "logits")}
     return several | {"present": np.stack(there)[:, keep], "label": picked[0]["label"][keep], "sample": picked[0]["sample"][keep]}

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.__main__ import main
 from pipeline.config import ConfigError, load, parse
-from pipeline.evaluation.guided import configs
+from pipeline.data.errors import DataError
+from pipeline.evaluation.guided import _aligned, configs
 from pipeline.run import RunConfig
 from pipeline.task import check_wiring
 from tools.make_shards import main as make_shards
@@ -67,6 +69,21 @@ def _written(config: Path, folder: Path, method: str) -> Path:
     path = folder / f"{method}.yaml"
     path.write_text(to_yaml(getattr(configs(load(RunConfig, config)), method)), encoding="utf-8")
     return path
+
+
+def test_rows_are_those_that_all_models_know_with_a_label_and_a_modality() -> None:
+    def rows(samples: list[int], there: list[bool]) -> dict[str, torch.Tensor]:
+        sample = torch.tensor(samples)
+        logits = torch.stack([sample, -sample], 1).float()
+        return {"sample": sample, "label": sample % 3 - 1, "x.present": torch.tensor(there), "logits": logits, "embedding": logits}
+
+    one, two = rows([1, 2, 3, 4, 5], [True, False, True, True, False]), rows([5, 4, 2, 1], [True, False, False, True])
+    found = _aligned({"one": one, "two": two})
+    assert found["sample"].tolist() == [1, 4, 5] and found["label"].tolist() == [0, 0, 1]  # 3 is broken in two, 2 has neither modality
+    assert found["present"].tolist() == [[True, True, False], [True, False, True]]
+    assert all(logits[:, 0].tolist() == [1, 4, 5] for logits in found["logits"])
+    with pytest.raises(DataError, match="both a label and a modality"):
+        _aligned({"one": rows([3, 6], [True, True])})
 
 
 @pytest.mark.parametrize(
