@@ -27,10 +27,11 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
     """One line per method; the columns are what the experiment measures."""
     columns = list(dict.fromkeys(key for values in results[0].values() for key in values))
     columns = [column for column in columns if not isinstance(next(v[column] for v in results[0].values() if column in v), str)]
-    lines = ["                " + "".join(f"{column:>18}" for column in columns)]
+    width = max(16, *(len(method) + 2 for method in results[0]))
+    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
     for method in results[0]:
         cells = [spread([seed[method][c] for seed in results]) if c in results[0][method] else "" for c in columns]
-        lines.append(f"{method:16}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{method:{width}}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -202,17 +202,11 @@ class Methods:
         return {"accuracy": 100 * found["accuracy"], "macro-F1": 100 * found["macro_f1"]}
 
 
-def against_no_teacher(
-    results: list[dict[str, dict[str, float]]], prefix: str = "", promised: dict[str, float] | None = None
-) -> list[dict]:
+def against_no_teacher(results: list[dict[str, dict[str, float]]], prefix: str = "") -> list[dict]:
     """Every method beside its own baseline, seed by seed: a student that saw one modality beside one without a teacher, one that sees all
     beside joint training."""
     rows = [(name, "no teacher") for name in ("logit KD", "logit KD, fused", "feature KD", "CRD", "AMID")]
     rows += [(name, "joint") for name in ("UMT", "UME", "AVCER")] + [("AMID", "logit KD")]
-    found = []
-    for column in ("accuracy", "macro-F1", "R@1", "mAP"):
-        for better, worse in rows:
-            if column in results[0][prefix + better]:
-                share = (promised or {}).get(prefix + better) if (column, worse) == ("accuracy", "no teacher") else None
-                found.append((column, prefix + better, prefix + worse, 0.0, share))
-    return compared(results, found)
+    columns = ("accuracy", "macro-F1", "R@1", "mAP")
+    bars = [(column, prefix + better, prefix + worse, 0.0, None) for column in columns for better, worse in rows]
+    return compared(results, [bar for bar in bars if bar[0] in results[0][bar[1]]])

@@ -16,9 +16,12 @@ import pytest
 import webdataset as wds
 from accelerate.commands.launch import launch_command_parser
 
+from pipeline.__main__ import parser
 from pipeline.config import load
+from pipeline.evaluation import guided
 from pipeline.run import RunConfig
 from tests.runs import DEBUG, ROOT
+from tools import compare
 
 SHELL = ("git", "cd", "open")  # not ours
 # README -> here; the rest of each command is as it stands there
@@ -66,7 +69,7 @@ def household(trained: Path, icons_small: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "names.txt").write_text("black\ngrey\nwhite\n")
     (tmp_path / "prompts.txt").write_text("a {} square\n{}\n")
     assert run("python -m tools.make_shards tars bucket/imagenet-val --shards labelled.tar")
-    for name in ("vitb16_cc12m_dissect", "NAME"):
+    for name in ("vitb16_cc12m_dissect", "NAME", "openmoji_amid"):
         shutil.copytree(trained, tmp_path / "runs" / name)
     (tmp_path / "bucket" / "runs").symlink_to(tmp_path / "runs")
     for name in ("first", "second"):
@@ -87,6 +90,10 @@ def run(command: str) -> bool:
         words = ["python", "-m", args.training_script, *args.training_script_args]
     if words[:4] == ["python", "-m", "pipeline", "train"]:
         return bool(load(RunConfig, words[4], words[5:]))
+    if words[:4] == ["python", "-m", "pipeline", "guide"]:
+        return bool(guided.configs(load(RunConfig, parser().parse_args(words[3:]).config)))
+    if words[:3] == ["python", "-m", "tools.compare"]:
+        return bool(compare.configs(compare.read_plan(Path(words[3])), Path(), 0))
     if words[:2] == ["python", "-m"]:
         module = importlib.import_module(words[2] if words[2] != "pipeline" else "pipeline.__main__")
         dry = ["--dry-run"] if words[2] == "slurm.launch" and "--dry-run" not in words else []
