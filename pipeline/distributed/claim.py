@@ -40,7 +40,7 @@ def name_of(number: int) -> str:
 
 def newest(store: Store) -> Held | None:
     """The claim that counts: the one with the highest number."""
-    numbers = [int(name[len(FOLDER) + 1 : -5]) for name in store.list(FOLDER) if name.endswith(".json")]
+    numbers = [int(name[len(FOLDER) + 1 : -5]) for name in store.listing(FOLDER) if name.endswith(".json")]
     return _read(store, max(numbers)) if numbers else None
 
 
@@ -112,7 +112,7 @@ class Claim:
                 self._beats += 1
                 store.write(name_of(self.number), self._content())
                 self.look(store)
-            except DataError:
+            except (DataError, OSError):
                 continue  # a store that does not answer tells nobody else either that this process lives; uploads say it
 
     def look(self, store: Store) -> None:

@@ -58,7 +58,7 @@ class Copy:
 
     def pull(self, wanted: Callable[[str], bool], exact: bool = False) -> None:
         """Fetches what the store has newer, of the names that are wanted; `exact`: what it has no more goes here too. Raises DataError."""
-        there = self.store.list()
+        there = self.store.listing()
         for name in [name for name in self._same if name not in there] if exact else []:
             (self.folder / name).unlink(missing_ok=True)
             del self._same[name]
@@ -79,7 +79,7 @@ class Copy:
                 continue  # a temporary file of another name, or one that was replaced
             sent[name] = stat
         if sent:
-            stored = attempt(self.store.list)
+            stored = attempt(self.store.listing)
             self._same |= {name: [*stat, stored[name].version] for name, stat in sent.items() if name in stored}
             self._note()
 

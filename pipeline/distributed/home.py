@@ -199,8 +199,6 @@ class RemoteHome(Home):
         together(self.comm, lambda: self.copy.pull(lambda name: not copies.is_large(name)) if self.keeper and self.comm.rank else None)
 
     def fetch(self, lanes: RankLanes) -> None:
-        if not self.files:
-            return
         mine = set(lanes.lanes.tolist())
 
         def needed(name: str) -> bool:
@@ -212,13 +210,15 @@ class RemoteHome(Home):
         names = sorted(filter(needed, self.files))
         turn = self.comm.local_rank * len(names) // self.comm.local_size  # the ranks of a machine begin with different files
         together(self.comm, lambda: remote.fetch(self.store, self.step, self.files, names[turn:] + names[:turn], self.folder))
-        together(self.comm, lambda: remote.commit_here(self.folder, self.step, self.files) if self.keeper else None)
-        together(self.comm, lambda: self._drop_later() if self.comm.rank == 0 else None)
+        together(self.comm, lambda: remote.commit_here(self.folder, self.step, self.files) if self.keeper and self.files else None)
+        together(self.comm, lambda: self._begin() if self.comm.rank == 0 else None)
 
-    def _drop_later(self) -> None:
-        """Parts of the selection log from after the checkpoint: these steps are about to be run again, perhaps by another number of ranks."""
-        logs = [name for name in self.store.list("selection") if name.startswith("selection/step-")]
+    def _begin(self) -> None:
+        """Drops parts of the selection log from after the checkpoint: these steps are about to be run again, perhaps by another number of
+        ranks. Publishes what describes this start."""
+        logs = [name for name in self.store.listing("selection") if name.startswith("selection/step-")]
         self.store.remove(name for name in logs if int(name.split("-")[1]) > self.step)
+        self.copy.push()
 
     def refresh(self, name: str) -> None:
         if self.keeper:

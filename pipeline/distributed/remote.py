@@ -36,7 +36,7 @@ def committed(store: Store) -> list[int]:
     """The steps of all whole checkpoints, oldest first. Raises DataError."""
     return sorted(
         int(name.split("/")[1].removeprefix("step-"))
-        for name in store.list(CHECKPOINTS)
+        for name in store.listing(CHECKPOINTS)
         if name.count("/") == 2 and name.endswith("/COMMIT")
     )
 
@@ -45,7 +45,7 @@ def files_of(store: Store, step: int) -> Listed:
     """What COMMIT lists. Raises CheckpointError where it is damaged, of another version, or not what the store holds; FileNotFoundError."""
     where = f"{store.url}/{folder_of(step)}"
     files = checkpoint.listed(store.read(f"{folder_of(step)}/COMMIT"), where)
-    there = store.list(folder_of(step))
+    there = store.listing(folder_of(step))
     for name, expected in files.items():
         found = there.get(f"{folder_of(step)}/{name}")
         if found is None or found.size != expected["size"]:
@@ -62,8 +62,8 @@ def fetch(store: Store, step: int, files: Listed, names: Iterable[str], run: Pat
     Raises CheckpointError where the store holds other bytes than COMMIT says, DataError.
     """
     folder = checkpoint.folder_of(run, step)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
+        folder.mkdir(parents=True, exist_ok=True)
         with alone(folder / f".{name}.lock"):
             if (folder / name).is_file() and checkpoint.fingerprint(folder / name) == files[name]:
                 continue
@@ -137,7 +137,7 @@ class Uploads:
                 return None
             time.sleep(POLL)
         self._ask(folder, lambda: claim.check(self._once, self.number))
-        there = self._ask(folder, lambda: self._once.list(where))
+        there = self._ask(folder, lambda: self._once.listing(where))
         for name, entry in files.items():
             if there.get(f"{where}/{name}", Stored(-1, "")).size != entry["size"]:
                 raise CheckpointError(f"{self.store.url}/{where}/{name}: is not what was uploaded; somebody else writes there, look who")
@@ -152,11 +152,12 @@ class Uploads:
 
         def remove() -> None:
             claim.check(self._once, self.number)
-            there = self._once.list(CHECKPOINTS)
+            there = self._once.listing(CHECKPOINTS)
             whole = sorted(name.rsplit("/", 1)[0] for name in there if name.endswith("/COMMIT"))
             kept = whole[-keep:]
             old = [name for name in there if name.rsplit("/", 1)[0] not in kept and name.rsplit("/", 1)[0] < kept[-1]] if kept else []
-            self._once.remove(sorted(old, key=lambda name: not name.endswith("/COMMIT")))
+            self._once.remove(name for name in old if name.endswith("/COMMIT"))
+            self._once.remove(name for name in old if not name.endswith("/COMMIT"))
 
         self._ask(Path(CHECKPOINTS), remove)
 
@@ -177,11 +178,10 @@ class Uploads:
 
     def _all(self, folder: str) -> Listed | None:
         """What the ranks have uploaded, once the word of each is there."""
-        words = [name for name in self._once.list(f"{CHECKPOINTS}/{folder}") if name.endswith(f".{self.number:06d}")]
-        told = [json.loads(self._once.read(name)) for name in words[:1]]
-        if not told or len(words) < told[0]["size"]:
+        words = [name for name in self._once.listing(f"{CHECKPOINTS}/{folder}") if name.endswith(f".{self.number:06d}")]
+        if not words or len(words) < json.loads(self._once.read(words[0]))["size"]:
             return None
-        told += [json.loads(self._once.read(name)) for name in words[1:]]
+        told = [json.loads(word) for word in self._once.read_many(words)]
         return {name: entry for word in told for name, entry in sorted(word["files"].items())}
 
     def _ask(self, folder: Path, action: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline.data import storage
 from pipeline.data.errors import DataError
@@ -40,7 +40,7 @@ class Store:
     def _ask(self, action: Callable[[], T], name: str) -> T:
         return storage.with_retries(action, self.at(name), self.attempts)
 
-    def list(self, under: str = "") -> dict[str, Stored]:
+    def listing(self, under: str = "") -> dict[str, Stored]:
         """All objects whose name begins with the folder `under`, by name."""
 
         def ask() -> dict[str, Stored]:
@@ -55,6 +55,11 @@ class Store:
     def read(self, name: str) -> bytes:
         """A small object."""
         return storage.read_bytes(self.at(name), attempts=self.attempts)
+
+    def read_many(self, names: list[str]) -> list[bytes]:
+        """Small objects, asked for together where the store can."""
+        found = storage.read_many([self.at(name) for name in names])
+        return [found[self.at(name)] for name in names]
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object now."""
@@ -93,7 +98,7 @@ class Store:
             fs, path = storage.filesystem(self.at(name))
             _parent(fs, path)
             try:
-                fs.pipe_file(path, data, mode="create")
+                _new(fs.pipe_file, path, data)
             except Exception:  # every driver has its own error for a condition that failed, so the store is asked what it was
                 fs.invalidate_cache()
                 if not fs.isfile(path):
@@ -109,12 +114,12 @@ class Store:
         def send() -> bool:
             fs, target = storage.filesystem(self.at(name))
             _parent(fs, target)
-            how = {"mode": "create"} if new else {}
+            how = _new if new else lambda call, *args: call(*args)
             try:
                 if path.stat().st_size < IN_MEMORY:
-                    fs.pipe_file(target, path.read_bytes(), **how)
+                    how(fs.pipe_file, target, path.read_bytes())
                 else:
-                    fs.put_file(str(path), target, **how)
+                    how(fs.put_file, str(path), target)
             except Exception:
                 fs.invalidate_cache()
                 if not new or not fs.isfile(target):
@@ -146,21 +151,34 @@ class Store:
         return found
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes objects; those that are not there are passed over."""
-        for name in names:
+        """Removes objects, many with one request where the store can; those that are not there are passed over."""
+        names = list(names)
 
-            def drop(name: str = name) -> None:
-                fs, path = storage.filesystem(self.at(name))
-                with contextlib.suppress(FileNotFoundError):
-                    fs.rm_file(path)
+        def drop() -> None:
+            pairs = [storage.filesystem(self.at(name)) for name in names]
+            try:
+                pairs[0][0].rm([path for _, path in pairs])
+            except FileNotFoundError:  # one of them, and nobody says which are left
+                for fs, path in pairs:
+                    with contextlib.suppress(FileNotFoundError):
+                        fs.rm_file(path)
 
-            self._ask(drop, name)
+        if names:
+            self._ask(drop, names[0])
 
     def _found(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except FileNotFoundError as error:
             raise DataError(f"{self.url}: {error}; there is no such bucket, or no such folder that could be written to") from None
+
+
+def _new(call: Callable, *args: Any) -> None:
+    """A write that fails where there is something already, if the driver knows how to ask for that; otherwise a write."""
+    try:
+        call(*args, mode="create")
+    except (TypeError, NotImplementedError):
+        call(*args)
 
 
 def _parent(fs: object, path: str) -> None:

@@ -28,7 +28,7 @@ class View:
         if not is_local(str(place)):
             self.store = Store(str(place))
             self.folder = copies.place(self.store.url, copies.cache(), "views")
-            if not self.store.list():
+            if not self.store.listing():
                 raise ConfigError(f"{place}: there is no run, not a single object; give the `out` of a run that was trained")
             self._copy(lambda name: not copies.is_large(name))
 

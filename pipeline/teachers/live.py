@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config import ConfigError, component, digest, dump
 from pipeline.data.decode import Decoder
 from pipeline.data.sources import Sources
+from pipeline.distributed.views import View
 from pipeline.teachers.base import Teacher, TeacherConfig
 from pipeline.towers.base import Tower, TowerConfig
 from pipeline.weights import copy_weights, digest_of, read_weights, tower_of, weights_file
@@ -23,7 +24,7 @@ def _tower(value: Any) -> Any:
 class Config(TeacherConfig):
     """Either `run` and the name of one of its towers, or the settings of a tower and a file with its `weights` (from tools.export)."""
 
-    run: str | None = Field(None, description="the folder of the run that trained it")
+    run: str | None = Field(None, description="the folder of the run that trained it, or its URL")
     checkpoint: str = Field("newest", description="of that run: newest, best, or a step")
     tower: Annotated[Any, BeforeValidator(_tower)] = Field("student", description="a tower of the run by name, or the settings of one")
     weights: str | None = Field(
@@ -38,14 +39,14 @@ class Config(TeacherConfig):
         if isinstance(self.tower, str):
             if self.run is None or self.weights is not None:
                 raise ConfigError(f"teachers: live: tower {self.tower!r} is the name of a tower of a run: give `run`, and no `weights`")
-            return tower_of(Path(self.run), self.tower, "teachers: live")
+            return tower_of(View(self.run).folder, self.tower, "teachers: live")
         if self.weights is None or self.run is not None:
             raise ConfigError("teachers: live: a tower given by its settings needs `weights`, a safetensors file, and no `run`")
         return self.tower
 
     def folder(self) -> Path:
         """Where its tokenizers are."""
-        return Path(self.run) if self.weights is None else Path(self.weights).parent
+        return View(self.run).folder if self.weights is None else Path(self.weights).parent
 
     def gives(self) -> tuple[str, ...]:
         return self.described().gives()
@@ -62,7 +63,9 @@ class Config(TeacherConfig):
     def open(self, sources: Sources) -> "Live":
         tower = self.described().build(self.folder())
         if self.weights is None:
-            file, prefix = weights_file(Path(self.run), self.checkpoint, "teachers: live: checkpoint"), f"towers.{self.tower}."
+            view = View(self.run)
+            view.weights(self.checkpoint)
+            file, prefix = weights_file(view.folder, self.checkpoint, "teachers: live: checkpoint"), f"towers.{self.tower}."
         else:
             file, prefix = Path(self.weights), ""
         weights = read_weights(file, prefix, "teachers: live")

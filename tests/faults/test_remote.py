@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_of_starts_at_the_same_moment_one_has_the_run(moto_s3: str, claims: Call
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one.number for one in made] == [1] and len(refused) == 3 and len(Store(f"{moto_s3}/x").list()) == 1
+    assert [one.number for one in made] == [1] and len(refused) == 3 and len(Store(f"{moto_s3}/x").listing()) == 1
     made[0].leave()
     assert claim.newest(Store(f"{moto_s3}/x")).left
 
@@ -145,14 +146,14 @@ def test_a_checkpoint_exists_when_all_ranks_have_brought_their_files(moto_s3: st
     up.send(folder, listed[1], 1, 2)
     assert up.commit(folder) == listed[0] | listed[1]
     assert remote.committed(Store(url)) == [10]
-    stored = {name.rsplit("/", 1)[1]: found.size for name, found in Store(url).list("checkpoints").items()}
+    stored = {name.rsplit("/", 1)[1]: found.size for name, found in Store(url).listing("checkpoints").items()}
     assert {name: size for name, size in stored.items() if name != "COMMIT"} == {
         name: entry["size"] for name, entry in (listed[0] | listed[1]).items()
     }
     for step in (20, 30):
         upload(url, run, step)
     assert remote.committed(Store(url)) == [20, 30]
-    assert not Store(url).list("checkpoints/step-00000010")
+    assert not Store(url).listing("checkpoints/step-00000010")
 
 
 def test_only_what_is_needed_is_fetched_and_compared_with_commit(moto_s3: str, tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_an_older_start_writes_nothing_more(moto_s3: str, tmp_path: Path, claims
     listed = checkpoint_in(run, 10)
     with pytest.raises(CheckpointError, match=r"has taken over this run, and this process writes nothing more to it"):
         uploads(url, older.number).send(checkpoint.folder_of(run, 10), listed[0], 0, 2)
-    assert not Store(url).list("checkpoints")
+    assert not Store(url).listing("checkpoints")
 
 
 def test_a_store_that_goes_away_in_the_middle_of_an_upload(door: Door, moto_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -227,7 +228,7 @@ def test_an_upload_that_failed_is_completed_by_the_next_start(
     second = open_home(url, tmp_path, comm, upload_timeout=60.0)
     assert second.claim.number == 2 and second.step == 10 and remote.committed(Store(url)) == [10]
     assert "step-00000010, which was only in" in capfd.readouterr().out
-    assert set(Store(url).list()) >= {"resolved.yaml", "metrics.jsonl"}
+    assert set(Store(url).listing()) >= {"resolved.yaml", "metrics.jsonl"}
     checkpoint_in(second.folder, 20)  # whole on this disk, but before it is brought away another machine goes on
     for rank, files in checkpoint_in(second.folder, 30).items():
         checkpoint.write_durably(checkpoint.folder_of(second.folder, 30) / f"done-{rank:05d}-of-00002.json", json.dumps(files))
@@ -247,7 +248,14 @@ def test_what_is_wrong_at_the_start_is_said_before_training(moto_s3: str, tmp_pa
 
     with pytest.raises(ConfigError, match=r"out: s3://nowhere/x: .*no such bucket"):
         open_home("s3://nowhere/x", tmp_path, LocalComm(), 1.0)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    auth = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+    plain = {"Content-Type": "text/plain"}
+    urlopen(Request(auth, data=b"0", headers=plain))  # from here on the server looks at the keys
+    try:
+        with pytest.raises(ConfigError, match=r"out: s3://shards/x.*PermissionError.*Check the permissions"):
+            open_home(f"{moto_s3}/x", tmp_path, LocalComm(), 1.0)
+    finally:
+        urlopen(Request(auth, data=b"inf", headers=plain))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

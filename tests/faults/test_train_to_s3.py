@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.distributed import claim, remote
 from pipeline.distributed.store import Store
+from pipeline.weights import InitFrom
 from tests.faults.stores import Door
 from tests.ranks.test_ranks import free_port
 from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
@@ -56,7 +57,7 @@ def command(data: Path, url: str, *more: str) -> list[str]:
 
 def copy_of(url: str, to: Path) -> Path:
     """Every object of a run, as any tool would copy it: that is a run folder."""
-    for name in Store(url).list():
+    for name in Store(url).listing():
         Store(url).get(name, to / name)
     return to
 
@@ -85,6 +86,7 @@ def test_killed_on_a_machine_that_is_lost_a_run_goes_on_elsewhere_and_is_read_by
     url, chance = f"{moto_s3}/runs/run", random.Random(4)
     first, second = Machine(launcher, tmp_path / "first"), Machine(launcher, tmp_path / "second")
     child = first.start(command(icons_small, url), SLURM_JOB_ID="7")
+    wait_for(lambda: child.poll() is not None or Store(url).exists("resolved.yaml"), "what describes the run", every=0.05)
     wait_for(lambda: child.poll() is not None or saved(url), "a checkpoint in the store", every=0.05)
     kill([child], chance, 0.5)
     before = saved(url)
@@ -103,6 +105,7 @@ def test_killed_on_a_machine_that_is_lost_a_run_goes_on_elsewhere_and_is_read_by
 def read_by_url(url: str, same: Path, out: Path, capsys: pytest.CaptureFixture) -> None:
     """evaluate, report, tools.export and slurm.status, on a machine that has nothing of the run."""
     from pipeline.__main__ import main
+    from pipeline.run import TrainedRun
     from slurm.status import main as status
     from tools.export import main as export
 
@@ -113,12 +116,40 @@ def read_by_url(url: str, same: Path, out: Path, capsys: pytest.CaptureFixture) 
     expected = load_file(last_checkpoint(same) / "model.safetensors")
     exported = load_file(out / "student.safetensors")
     assert exported and all(expected[f"towers.student.{name}"].equal(value) for name, value in exported.items())
+    towers = TrainedRun(url).task.towers
+    for weight in towers.parameters():
+        weight.detach().zero_()
+    InitFrom(run=url, towers={"student": "student"}).load(towers)
+    assert all(expected[f"towers.{name}"].equal(value) for name, value in towers.state_dict().items())
     assert not list((out / "reader").rglob("optimizer-*"))  # nobody needs these to read a run
     capsys.readouterr()
     assert status([url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["step"], found["saved"]) == ("complete", 37, 37)
     assert main(["evaluate", f"{url}-typo"]) == 2 and "there is no run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_ten_times_with_and_without_its_disk(
+    launcher: Launcher, icons_small: Path, uninterrupted: Path, moto_s3: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    url, chance, machine = f"{moto_s3}/runs/run", random.Random(6), Machine(launcher, tmp_path / "machine")
+    words, told, resumed, lost = command(icons_small, url, "checkpoint.every=2", "data.workers=1"), [], 0, 0
+    for start in range(10):
+        child = machine.start(words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(start))
+        wait_for(lambda: child.poll() is not None or "steps of" in child.output(), "a start", every=0.01)  # noqa: B023
+        kill([child], chance, 2.5)
+        told.append(child.output())
+        resumed += bool(saved(url))
+        if chance.random() < 0.5 and machine.cache.exists():
+            machine.lose()
+            lost += 1
+    said = machine.start(words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="10").finish()
+    completed = sum("is uploaded" in text for text in [*told, said])
+    with capsys.disabled():
+        print(f"\n10 kills, {resumed} with a checkpoint in the store, {lost} disks lost, {completed} uploads completed by the next start")
+    assert resumed >= 5 and lost >= 3
+    assert_same_end(copy_of(url, tmp_path / "copy"), uninterrupted)
 
 
 def start_two(machines: list[Machine], words: list[str], **environment: str) -> list[Child]:
