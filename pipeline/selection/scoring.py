@@ -196,8 +196,9 @@ class Scoring:
 
     def cost(self, batch: Batch) -> tuple[float, float, float]:
         """FLOP of a sample's training forward and of its scoring forward, and the machine's FLOP/s in training's precision. Collective."""
-        forward = forward_flops(self.engine, batch)
-        return forward, forward_flops(self.engine, self.view(batch)), measured_peak(self.engine.device, self.engine.config.dtype)
+        forward, view = forward_flops(self.engine, batch), self.view(batch)
+        scoring = forward if view is batch else forward_flops(self.engine, view)
+        return forward, scoring, measured_peak(self.engine.device, self.engine.config.dtype)
 
     def describe(self, costs: tuple[float, float, float]) -> str:
         """The cost model in one line, from counted FLOP and, where precisions differ, this machine's rates of large products in both."""
