@@ -5,6 +5,10 @@ all features gives each feature its gradient; then each piece is embedded again,
 piece goes through the true loss instead, with the other rows' features as they were: parameters outside the towers' rows (the logit
 scale, an objective's own) get their gradient there, once. Costs a second forward and a second loss.
 
+In ZeRO stage 3 nothing is fetched ahead while pieces are trained: DeepSpeed prefetches along the trace of the last forward and backward, and
+the last piece, which alone runs the objectives, breaks the trace of the others and they its. A module then waits for its weights when it is
+reached. Use larger pieces there, or stage 2 where the weights fit.
+
 BatchNorm sees a piece at a time, as with any gradient accumulation, and moves its averages twice; use it with models that have none.
 """
 

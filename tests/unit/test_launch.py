@@ -9,7 +9,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from pipeline.config import ConfigError
 from pipeline.distributed.engine import EngineConfig
-from pipeline.distributed.launch import check_accelerate, check_launch, start
+from pipeline.distributed.launch import check_accelerate, check_launch, leads, start
 from tests.runs import ROOT
 
 # every file of configs/accelerate, and the engine.zero that it is for
@@ -95,3 +95,14 @@ def test_fp16_without_a_gpu_says_what_to_use(tmp_path: Path, monkeypatch: pytest
     for zero in (None, {"stage": 2}):
         with pytest.raises(ConfigError, match="fp16 needs a GPU.*use bf16 or fp32"):
             start(EngineConfig(precision="fp16", zero=zero), tmp_path, [])
+
+
+def test_of_several_ranks_the_first_does_what_needs_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.__main__ import main
+    from tools.export import main as export
+
+    assert leads({}) and leads({"RANK": "0"}) and not leads({"RANK": "1"})
+    missing = str(tmp_path / "no run")
+    for rank, status in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["evaluate", missing]) == export([missing, str(tmp_path / "out")]) == status
