@@ -91,6 +91,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
     from pipeline.evaluation.student import classifies, measure_student
     from pipeline.run import TrainedRun
+    from pipeline.selection.warmup import visits_of
 
     if not leads():
         return 0
@@ -117,8 +118,10 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     if examples is not None:
         (run.folder / "evaluation" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
-    run.view.pull("selection/*", "result.json")
-    quality = judge_selection(run.folder, sources, [s.url for s in run.config.data.sources], run.config.selector.warmup_visits)
+    run.view.pull("selection/*", "result.json", "warmup.json")
+    quality = judge_selection(
+        run.folder, sources, [s.url for s in run.config.data.sources], visits_of(run.folder, run.config.selector.warmup_visits)
+    )
     facts = json.loads((run.folder / "facts.json").read_text(encoding="utf-8"))
     done = json.loads((run.folder / "result.json").read_text(encoding="utf-8")) if (run.folder / "result.json").is_file() else {}
     seconds = done.get("seconds", {}) | {"evaluate": time.perf_counter() - began}

@@ -35,6 +35,7 @@ from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
 from pipeline.selection.groups import GlobalSelector, GroupSelector
 from pipeline.selection.scoring import Scoring, ScoringConfig
+from pipeline.selection.warmup import Watch
 from pipeline.task import Task, check_wiring, feature_names
 from pipeline.teachers.base import TeacherConfig, Teachers
 from pipeline.towers.base import TowerConfig, TowerData
@@ -145,7 +146,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     teachers = Teachers.open(config.teachers, sources)
     facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
-    steps, warmup = config.num_steps(sources.num_samples), plan.steps_for(config.selector.warmup_visits)
+    steps = config.num_steps(sources.num_samples)
+    warmup = config.selector.last_warmup_step(plan.steps_for, steps)
     size, keep = compete(config, plan)
     decoders = prepare(config, home, sources)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
@@ -166,7 +168,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
     rejected = any(objective.rejected() for objective in config.objectives.values())
-    scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected)
+    watch = Watch(selector, comm, plan.steps_for, folder)
+    scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, watch)
     trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
         trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
@@ -265,7 +268,8 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
     size, keep = compete(config, plan)
     print(
         f"{folder}: {sources.num_samples} samples, {parameters / 1e6:.1f} M parameters on {facts['device']} x {engine.comm.size}; {steps} steps of "
-        f"{plan.batch} candidates in {plan.batch // size} groups; {config.selector.name} keeps {keep} of {size} after step {warmup}",
+        f"{plan.batch} candidates in {plan.batch // size} groups; {config.selector.name} keeps {keep} of {size} after step "
+        + (f"{warmup} at the latest, when the spread of the scores has peaked" if config.selector.warmup_visits == "auto" else f"{warmup}"),
         flush=True,
     )
 

@@ -103,6 +103,7 @@ class Trainer:
             taught = self.teachers(batch.take(chosen.rows, choice.features, chosen.padding))
             trained = self.engine.step(taught, chosen, p.step)
             choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
+            self.scoring.watch.step(choice.cosine, batch.valid, p.step + 1)
         self.advance(batch, choice)
         self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
 
@@ -131,9 +132,9 @@ class Trainer:
         self.check_data()
         self.record.check_finite(self.engine.weight_norm())
         self.settle()
-        self.saver.save(
-            self.progress.step, self.facts | {"progress": asdict(self.progress), "data": self.data.state_dict(self.engine.comm)}, self.files
-        )
+        p, comm = self.progress, self.engine.comm
+        state = {"progress": asdict(p), "data": self.data.state_dict(comm), "warmup": self.scoring.watch.state_dict()}
+        self.saver.save(p.step, self.facts | state, self.files)
 
     def check_data(self) -> None:
         """Raises DataError on every rank when one of them cannot go on; nothing is saved of the steps since then. Collective."""
@@ -163,6 +164,8 @@ class Trainer:
             self.engine.load(folder)
             self.scoring.load_state_dict(checkpoint.read_lanes(folder, self.data.lanes))
             self.data.load_state_dict(state["data"])
+            if "warmup" in state:
+                self.scoring.watch.load_state_dict(state["warmup"], self.engine.device)
             self.progress = Progress(**state["progress"])
         self.record.resume(self.progress.step)
         return self.progress.step

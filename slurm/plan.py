@@ -169,7 +169,7 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     found = plan(config, world, samples)
     steps, batch = config.num_steps(found.num_samples), found.batch
     keep = found.keep(config.selector.rate) * found.groups
-    warmup = found.steps_for(config.selector.warmup_visits)
+    warmup = config.selector.last_warmup_step(found.steps_for, steps)
     yield f"ranks        {world} = {cluster.nodes} nodes x {cluster.tasks_per_node}"
     yield f"samples      {found.num_samples:,} ({'given' if samples else 'by the index'}) in {len(found.sources)} source(s)"
     smallest, largest = int(found.size.min()), int(found.size.max())

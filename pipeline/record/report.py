@@ -16,6 +16,7 @@ from pipeline.record.images import contact_sheets, data_uri, load_pairs
 from pipeline.record.plots import Plot, Series, finite
 from pipeline.record.runs import UNREADABLE, Run, dig, label, load_run, number, read_part
 from pipeline.record.tables import comparison, facts, headline, percent
+from pipeline.record.warmup import warmup_plot
 
 CAPTIONS_SHOWN, IMAGES_SHOWN = 8, 5
 _NO_SELECTION = ("random", "keep_all")  # their sheets would show the luck of the draw
@@ -66,6 +67,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
         _loss_plot(runs),
         _precision_plot(runs),
         *_drift_plots(runs),
+        warmup_plot(runs),
         _rate_plot(runs),
         _evaluation_plot(runs),
         *_distillation_plots(runs),

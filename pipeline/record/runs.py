@@ -13,6 +13,7 @@ from pipeline.config import ConfigError, read_yaml
 from pipeline.data.errors import DataError
 from pipeline.evaluation.selection_quality import read_log, selection_quality
 from pipeline.record.images import load_truth
+from pipeline.selection.warmup import FILE as WARMUP_FILE
 
 UNREADABLE = (DataError, OSError, ValueError, KeyError, pa.ArrowException)  # what a moved, damaged or older folder gives
 
@@ -31,6 +32,7 @@ class Run:
     log: pa.Table | None
     truth: pa.Table | None
     quality: dict | None  # of evaluation.selection_quality
+    watched: dict = field(default_factory=dict)  # of an automatic warm-up: visits, spread of the scores at each
     notes: list[str] = field(default_factory=list)  # what could not be read, in sentences
 
     @property
@@ -41,7 +43,10 @@ class Run:
     @property
     def warmup_visits(self) -> int:
         known = dig(self.quality or {}, "warmup_visits")
-        return int(known if known is not None else dig(self.config, "selector.warmup_visits") or 0)
+        if known is not None:
+            return int(known)
+        configured = dig(self.config, "selector.warmup_visits")
+        return int(dig(self.watched, "visits") or 0) if configured == "auto" else int(configured or 0)
 
     @property
     def sources(self) -> list[str]:
@@ -57,6 +62,8 @@ def load_run(path: Path, place: int) -> Run:
     run = Run(path, path.resolve().name, place, {}, {}, [], [], None, None, None)
     run.config = read_part(run, "resolved.yaml", lambda text: read_yaml(text, str(path / "resolved.yaml")))
     run.result = read_part(run, "result.json", json.loads)
+    if (path / WARMUP_FILE).is_file():
+        run.watched = read_part(run, WARMUP_FILE, json.loads)
     lines = _lines(path / "metrics.jsonl")
     run.metrics = list({line["step"]: line for line in lines if "loss" in line}.values())
     run.metrics.sort(key=lambda line: line["step"])

@@ -228,7 +228,8 @@ def _selector(run: Run) -> str:
     if number(settings.get("rate")) is not None and run.selector != "keep_all":
         parts.append(f"keeps {percent(settings['rate'], 0)}")
     if "warmup_visits" in settings:
-        parts.append(f"after {settings['warmup_visits']} visits of warm-up")
+        automatic = ", found automatically" if settings["warmup_visits"] == "auto" else ""
+        parts.append(f"after {run.warmup_visits if automatic else settings['warmup_visits']} visits of warm-up{automatic}")
     return f"{run.selector}: {', '.join(parts)}" if parts else run.selector
 
 

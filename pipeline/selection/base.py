@@ -1,7 +1,8 @@
 """What a selector is: it sees one selection group at a time and says which rows are trained."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,8 +25,15 @@ class SelectorConfig(Component):
         "group",
         description="whose rows compete: those of a selection group (no collective), or of all ranks; data.groups then only limits world sizes",
     )
-    warmup_visits: int = Field(0, ge=0, le=254, description="visits of every sample before selection starts")
+    warmup_visits: Annotated[int, Field(ge=0, le=254)] | Literal["auto"] = Field(
+        0,
+        description="visits of every sample before selection starts; auto: until the spread of the scores has peaked, at most half of the run",
+    )
     warmup_data: Literal["all", "subset"] = Field("all", description="train on all rows in warm-up, or on a random subset at the same rate")
+
+    def last_warmup_step(self, visit_ends: Callable[[int], int], steps: int) -> int:
+        """The step at which warm-up is over, for auto at the latest; `visit_ends`: visits -> step, of a run of `steps`."""
+        return steps // 2 if self.warmup_visits == "auto" else visit_ends(self.warmup_visits)
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Selector":
         """The selector of this config. `num_samples` rows of score table; warm-up ends before step `warmup_steps` (0: it is over)."""

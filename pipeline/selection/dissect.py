@@ -55,4 +55,6 @@ class Dissect(Selector):
         if self.config.variant == "momentum":
             return {"momentum": self.config.momentum}
         average = {"mean": {"mean": True}, "ema": {"momentum": self.config.momentum}}.get(self.config.history, {})
-        return {"freeze": max(self.config.warmup_visits, 1) if warmup else 1} | average
+        visits = self.config.warmup_visits
+        writing = None if visits == "auto" else max(visits, 1)  # auto: as long as warm-up lasts
+        return {"freeze": writing if warmup else 1} | average

@@ -19,6 +19,7 @@ from pipeline.data.lanes import RankLanes
 from pipeline.hashing import hash_ids
 from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.groups import GroupSelector
+from pipeline.selection.warmup import Watch
 from pipeline.types import Batch, Selection
 
 PATCHES = "image.patches"
@@ -72,8 +73,18 @@ class Scoring:
     n-th of every batch is, whatever the number of ranks, and nothing has to be asked of the device.
     """
 
-    def __init__(self, config: ScoringConfig, engine: Any, groups: GroupSelector, lanes: RankLanes, seed: int, negatives: bool) -> None:
-        """`negatives`: whether an objective wants the embeddings of rejected rows. Raises ConfigError for what cannot be had."""
+    def __init__(
+        self,
+        config: ScoringConfig,
+        engine: Any,
+        groups: GroupSelector,
+        lanes: RankLanes,
+        seed: int,
+        negatives: bool,
+        watch: Watch | None = None,
+    ) -> None:
+        """`negatives`: whether an objective wants the embeddings of rejected rows; `watch` wants scores in warm-up. Raises ConfigError for what cannot be had."""
+        self.watch = watch
         self.config, self.engine, self.groups, self.lanes, self.seed, self.negatives = config, engine, groups, lanes, seed, negatives
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         self.last = torch.full((lanes.num_samples,), torch.nan, device=engine.device) if config.every > 1 else None
@@ -102,7 +113,7 @@ class Scoring:
     def choose(self, batch: Batch, step: int) -> Choice:
         """The rows to train. Collective in ZeRO stage 3, with the same number of rows embedded on every rank."""
         selector = self.groups.selector
-        needs, all_rows = selector.needs(step), selector.trains_all(step)
+        needs, all_rows = selector.needs(step) | (self.watch.needs(step) if self.watch else frozenset()), selector.trains_all(step)
         if self.config.reuse and all_rows and needs == {"cosine"}:
             return Choice(Selection(torch.arange(len(batch), device=batch.slot.device)), late=True)
         wanted = self.negatives and not all_rows
