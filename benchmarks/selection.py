@@ -3,7 +3,8 @@
     python -m benchmarks.selection benchmarks/grids/icons_small.yaml --json FILE [--figures DIR] [--jobs N]
     python -m benchmarks.selection GRID.yaml --json FILE --executor slurm --cluster configs/cluster/cpu.yaml
 
-A finished cell is kept: started again, the grid goes on, and a grid that has grown runs what is new. After the cells come the matched
+A finished cell is kept: started again, the grid goes on, and a grid that has grown runs what is new.
+After the cells come the matched
 ones: a selector without a scoring pass, given as many more visits as fit into the CPU seconds of another one in this very grid.
 """
 
@@ -36,6 +37,7 @@ class Grid(Strict):
     config: str = Field(description="the base configuration")
     out: str = Field(description="folder of the runs")
     overrides: list[str] = Field(default_factory=list)
+    memory: bool = Field(False, description="runs of benchmarks/selection_memory.py instead of `python -m pipeline train`")
     sets: dict[str, list[str]] = Field(min_length=1, description="name of a data set: its overrides")
     selectors: dict[str, list[str]] = Field(min_length=1, description="name of a row: its overrides, at least selector.name=...")
     ours: list[str] = Field(default_factory=list, description="rows that are this project's own: the table tells their losses first")
@@ -55,6 +57,7 @@ class Cell(NamedTuple):
     config: str
     folder: str
     overrides: list[str]
+    memory: bool = False
 
     @property
     def digest(self) -> str:
@@ -74,7 +77,7 @@ def cells(grid: Grid) -> list[Cell]:
 
 def _cell(grid: Grid, name: str, selector: str, rate: float, seed: int, overrides: list[str]) -> Cell:
     folder = Path(grid.out) / name / f"{selector}-rate{rate:g}-seed{seed}"
-    return Cell(name, selector, rate, seed, grid.config, str(folder), [*overrides, f"selector.rate={rate}", f"seed={seed}"])
+    return Cell(name, selector, rate, seed, grid.config, str(folder), [*overrides, f"selector.rate={rate}", f"seed={seed}"], grid.memory)
 
 
 def matched(grid: Grid, done: list[dict[str, Any]], visits: float) -> list[Cell]:
@@ -107,6 +110,24 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     cell, folder = Cell(*cell), Path(cell[5])
     if (known := finished(cell)) is not None:
         return known
+    result, spent = in_memory(cell, folder) if cell.memory else on_disk(cell, folder)
+    values = cell._asdict() | {"digest": cell.digest, "cpu_seconds": spent} | figures(result)
+    partial = folder / "cell.part"
+    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    partial.replace(folder / "cell.json")
+    return values
+
+
+def in_memory(cell: Cell, folder: Path) -> tuple[dict[str, Any], float]:
+    """(result, CPU seconds) of a run whose samples are decoded once."""
+    from benchmarks.selection_memory import run
+    from pipeline.run import RunConfig
+
+    return run(load(RunConfig, cell.config, [f"out={folder}", *cell.overrides]))
+
+
+def on_disk(cell: Cell, folder: Path) -> tuple[dict[str, Any], float]:
+    """(result, CPU seconds) of `python -m pipeline train` and `evaluate`. Raises RuntimeError with the end of the log."""
     from pipeline.__main__ import main
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,12 +143,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         log.close()
     if code:
         raise RuntimeError(f"{folder}: ended with {code}:\n{(folder / 'log.txt').read_text(encoding='utf-8')[-2000:]}")
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    values = cell._asdict() | {"digest": cell.digest, "cpu_seconds": spent} | figures(result)
-    partial = folder / "cell.part"
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    partial.replace(folder / "cell.json")
-    return values
+    return json.loads((folder / "result.json").read_text(encoding="utf-8")), spent
 
 
 def figures(result: dict[str, Any]) -> dict[str, float | None]:
@@ -149,7 +165,6 @@ def figures(result: dict[str, Any]) -> dict[str, float | None]:
         "never_clean": percent(never.get("clean")),
         "trained": samples["trained"],
         "cost": (samples["scored"] + 3 * samples["trained"]) / 1000,
-        "seconds": sum(result["seconds"][phase] for phase in ("data", "score", "train")),
     }
 
 

@@ -1,0 +1,128 @@
+"""A cell of benchmarks/selection.py without loader, record and checkpoints: all samples decoded once and kept in memory.
+
+The same configuration, initial weights, order of samples, selector, selection groups, objective, optimizer and evaluation as
+`python -m pipeline train`, one process, float32: what is left out changes no number that is compared, and a run of small towers takes
+seconds instead of a minute, most of which went into decoding the same images at every visit.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.data.fetch import Fetch
+from pipeline.data.lanes import RankLanes, Rows, layout
+from pipeline.data.sources import Sources
+from pipeline.distributed.comm import LocalComm
+from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure
+from pipeline.evaluation.selection_quality import LOG_SCHEMA
+from pipeline.run import RunConfig, build_task, compete, prepare
+from pipeline.selection.groups import GroupSelector
+from pipeline.selection.warmup import Watch, visits_of
+from pipeline.types import Batch, Selection
+
+
+class Run:
+    """One cell. Raises ConfigError for what this loop does not have."""
+
+    def __init__(self, config: RunConfig) -> None:
+        if (
+            config.engine.precision != "fp32"
+            or config.teachers
+            or config.scoring.every > 1
+            or any(o.rejected() for o in config.objectives.values())
+        ):
+            raise ConfigError("memory: true: needs engine.precision fp32, no teachers, scoring.every 1, negatives: selected")
+        self.config, self.folder, self.comm = config, Path(config.out), LocalComm()
+        torch.set_num_threads(config.engine.threads or 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sources = Sources.open(config.data)
+        plan = layout(self.sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
+        self.steps, self.lanes = config.num_steps(self.sources.num_samples), RankLanes(plan, 0, 1)
+        self.decoders = prepare(config, self.folder, self.sources, self.comm)
+        torch.manual_seed(config.seed)
+        self.task = build_task(config, self.folder, self.comm)
+        self.optimizer = config.optimizer.build(self.task)
+        selector = config.selector.build(plan.num_samples, config.selector.last_warmup_step(plan.steps_for, self.steps), config.seed)
+        self.groups = GroupSelector(selector, *compete(config, plan))
+        self.watch = Watch(selector, self.comm, plan.steps_for, self.folder)
+        self.samples = self._decode()
+        self.scored = self.trained = 0
+        self.log: list[pa.Table] = []
+
+    def _decode(self) -> Batch:
+        every = np.arange(self.sources.num_samples)
+        return Fetch(self.sources, self.decoders, self.config.seed)._batch(Rows(every, every, np.zeros_like(every)))
+
+    def train(self) -> float:
+        """All steps; gives the CPU seconds that scoring, choosing and training took."""
+        began = time.process_time()
+        for step in range(self.steps):
+            rows = self.lanes.rows(step)
+            batch = self.samples.take(torch.from_numpy(rows.sample))
+            batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
+            features = self.embed(batch) if self.groups.selector.needs(step) | self.watch.needs(step) else None
+            chosen, cosine = self.groups.select(batch, features, step)
+            self.watch.step(cosine, batch.valid, step + 1)
+            self.step(batch.take(chosen.rows), chosen, step)
+            self.scored += len(batch) * (features is not None)
+            self.trained += len(chosen.rows)
+            self._note(step, batch, chosen, cosine)
+        return time.process_time() - began
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The scoring pass, and what evaluation embeds with."""
+        self.task.eval()
+        try:
+            return self.task(batch, "features")
+        finally:
+            self.task.train()
+
+    def step(self, batch: Batch, chosen: Selection, step: int) -> None:
+        """Forward, backward, clip, update, bounds: Engine.step for one process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.rate_at(step, self.steps)
+        self.task(batch, "train", chosen).loss.backward()
+        if self.config.engine.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.engine.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step()
+        with torch.no_grad():
+            for parameter, low, high in self.task.bounds():
+                parameter.clamp_(low, high)
+
+    def _note(self, step: int, batch: Batch, chosen: Selection, cosine: torch.Tensor | None) -> None:
+        kept = np.zeros(len(batch), bool)
+        kept[chosen.rows.numpy()] = True
+        nothing = np.full(len(batch), np.nan, np.float32)
+        score = nothing if cosine is None else np.maximum(100 * cosine.numpy(), 0)
+        ranked = nothing if chosen.ranked_by is None else chosen.ranked_by.float().numpy()
+        columns = [np.full(len(batch), step, np.int32), batch.visit.numpy().astype(np.int16), batch.sample.numpy(), score, ranked, kept]
+        self.log.append(pa.table([pa.array(column) for column in columns], schema=LOG_SCHEMA))
+
+    def result(self) -> dict[str, Any]:
+        """What result.json holds of a real run, as far as the grid reads it. The log is written where a real run has it."""
+        (self.folder / "selection").mkdir(exist_ok=True)
+        pq.write_table(
+            pa.concat_tables(self.log), self.folder / "selection" / f"step-{self.steps:08d}-rank0000.parquet", compression="zstd"
+        )
+        config = self.config.evaluation.model_copy(update={"probe": False})
+        held = HeldOut.open(config, self.config.data, lambda: set(self.sources.captions()))
+        found, _ = measure(held, config, self.decoders, self.embed, torch.device("cpu"))
+        warmup = visits_of(self.folder, self.config.selector.warmup_visits)
+        quality = judge_selection(self.folder, self.sources, [source.url for source in self.config.data.sources], warmup)
+        return found | {"selection": quality, "samples": {"scored": self.scored, "trained": self.trained}}
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], float]:
+    """(result, CPU seconds of training) of one run."""
+    one = Run(config)
+    seconds = one.train()
+    return one.result(), seconds
