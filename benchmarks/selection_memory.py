@@ -21,9 +21,10 @@ from pipeline.data.sources import Sources
 from pipeline.distributed.comm import LocalComm
 from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure
 from pipeline.evaluation.selection_quality import LOG_SCHEMA
-from pipeline.run import RunConfig, build_task, compete, prepare
+from pipeline.run import RunConfig, build_task, compete, make_decoders
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.warmup import Watch, visits_of
+from pipeline.towers.base import TowerData
 from pipeline.types import Batch, Selection
 
 
@@ -44,7 +45,9 @@ class Run:
         self.sources = Sources.open(config.data)
         plan = layout(self.sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
         self.steps, self.lanes = config.num_steps(self.sources.num_samples), RankLanes(plan, 0, 1)
-        self.decoders = prepare(config, self.folder, self.sources, self.comm)
+        for tower in config.towers.values():
+            tower.prepare(TowerData(self.folder, self.sources.captions))
+        self.decoders = make_decoders(config, self.folder, train=True)
         torch.manual_seed(config.seed)
         self.task = build_task(config, self.folder, self.comm)
         self.optimizer = config.optimizer.build(self.task)
