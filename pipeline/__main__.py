@@ -1,4 +1,4 @@
-"""python -m pipeline train CONFIG | evaluate RUN | guide CONFIG | report RUN...   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
+"""python -m pipeline train CONFIG | evaluate RUN | guide CONFIG | report RUN... | curate RUN OUT   [key.path=value ...]; the same under `accelerate launch -m pipeline`."""
 
 import argparse
 import errno
@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     )
     guide.add_argument("--validation", help="held-out shards to choose on; default: evaluation.data")
     guide.add_argument("--weight", type=float, default=0.1, help="of each teacher in UMT (default 0.1)")
+    curate = commands.add_parser("curate", help="what a run learnt about its pairs: a table, a list of noisy ones, shards without them")
+    curate.add_argument("run", help="a run folder, or its URL")
+    curate.add_argument("out", type=Path, help="a new folder: samples.parquet, noisy.txt, examples.html")
+    curate.add_argument("--share", type=float, help="judge this share noisy, lowest scores first; default: split the scores in two classes")
+    curate.add_argument("--write", action="store_true", help="write OUT/shards without the pairs judged noisy")
     report = commands.add_parser("report", help="one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", help="run folders, or their URLs")
     report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run; here, where that is a URL")
@@ -175,11 +180,24 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def curate(args: argparse.Namespace) -> int:
+    """Writes the folder and says what was found."""
+    from pipeline.distributed.views import View
+    from pipeline.evaluation.curate import curate
+
+    if args.share is not None and not 0 < args.share < 1:
+        raise ConfigError(f"--share {args.share}: expected a share between 0 and 1")
+    view = View(args.run)
+    view.pull("selection/*", "checkpoints/*", "warmup.json")
+    print(curate(view.folder, args.out, args.share, args.write))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; what a user can mend is one message and exit code 2, not a traceback; storage that does not answer is 75."""
     args = parser().parse_args(arguments)
     try:
-        return {"train": train, "evaluate": evaluate, "guide": guide, "report": report}[args.command](args)
+        return {"train": train, "evaluate": evaluate, "guide": guide, "report": report, "curate": curate}[args.command](args)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("pipeline", "tools"):
             raise
