@@ -14,6 +14,7 @@ from pipeline.config import ConfigError, to_yaml
 from pipeline.data.errors import DataError
 from pipeline.data.index import Index
 from pipeline.data.lanes import Layout, RankLanes, SourceShape, layout
+from pipeline.distributed.views import View
 from pipeline.run import RunConfig
 from pipeline.task import check_wiring
 from pipeline.towers.base import TowerData
@@ -55,7 +56,7 @@ def check(config: RunConfig, world: int, before: Mapping[Path, RunConfig] | None
     with _as_if_trained(config, before or {}) as seen:
         check_wiring(seen.towers, seen.objectives, seen.teachers, seen.data)
         for to, origin in seen.init_from.towers.items() if seen.init_from else ():
-            tower_of(Path(seen.init_from.run), origin.split(".")[0], f"init_from.towers.{to}")
+            tower_of(View(seen.init_from.run).folder, origin.split(".")[0], f"init_from.towers.{to}")
     with torch.device("meta"):
         for objective in config.objectives.values():
             objective.build()
