@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", help="run folders, or their URLs")
     report.add_argument("--out", type=Path, help="default: report.html in the folder that holds the first run; here, where that is a URL")
-    report.add_argument("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of tools.compare: methods over seeds")
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of tools.compare: methods over seeds"
+    )
     return top
 
 

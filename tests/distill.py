@@ -94,8 +94,8 @@ def refused(config: RunConfig, error: type[Exception], match: str) -> None:
         build(config)
 
 
-def gappy(folder: Path, rows: int = 40) -> Path:
-    """Shards of noise, in which every fifth sample has no `clean.png` and the 7th a broken one."""
+def gappy(folder: Path, rows: int = 40, auxiliary: bool = True) -> Path:
+    """Shards of noise, in which every fifth sample has no `clean.png` and the 7th a broken one; without `auxiliary` none has one."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     with tarfile.open(folder / "000.tar", "w") as tar:
@@ -105,6 +105,8 @@ def gappy(folder: Path, rows: int = 40) -> Path:
                 del members["clean.png"]
             if row == 7:
                 members["clean.png"] = b"no image"
+            if not auxiliary:
+                members.pop("clean.png", None)
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{row:05d}.{extension}")
                 info.size = len(data)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import dump, parse
+from pipeline.data.errors import DataError
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Rows
 from pipeline.data.sources import DataConfig, Sources
@@ -52,6 +53,11 @@ def test_the_run_is_evaluated_where_only_the_student_s_modality_is(distilled: Pa
     shards = gappy(tmp_path / "shards")
     found = outputs(TrainedRun(distilled), [str(shards)], workers=0)
     assert found["logits"].shape == (40, 10)  # also of those that lack the clean digit, and of the one where it is broken
+    whole = TrainedRun(distilled)
+    bare = gappy(tmp_path / "bare", auxiliary=False)
+    assert outputs(whole, [str(bare)], workers=0)["logits"].shape == (40, 10)
+    with pytest.raises(DataError, match="no sample has the modality 'clean'"):
+        outputs(whole, [str(bare)], tower="auxiliary", workers=0)
 
 
 def test_extras_of_weight_0_change_no_bit_of_the_student(digits: Path, colour: Path, tmp_path: Path) -> None:
