@@ -230,8 +230,9 @@ def restart(folder: Path, data: str, size: int, ranks: int) -> dict[str, float]:
         raise RuntimeError(f"{folder}: there was no checkpoint to go on from")
     seconds["build"] = time.time() - start - sum(seconds[name] for name in ("open_data", "verify", "load"))
     trainer.record.start(trainer.progress.step, trainer.progress)
+    before = dict(trainer.progress.seconds)  # of the run so far
     trainer.train_step()
-    spent = trainer.progress.seconds
+    spent = {name: value - before[name] for name, value in trainer.progress.seconds.items()}
     seconds |= {"all": time.time() - began, "first_batch": spent["data"], "first_step": spent["score"] + spent["train"]}
     return seconds
 
