@@ -1,33 +1,17 @@
 """One contract for every selector in the folder: a new file is tested before it has a test of its own."""
 
 import importlib
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.config import dump, names_in, parse
 from pipeline.selection.base import Candidates, Selector
 from pipeline.types import Selection
+from tests.selector_cases import needed
 
 NAMES = names_in("pipeline.selection")
 SIZE, ROWS, KEEP = 200, 48, 12
-
-
-@cache
-def needed(name: str) -> dict[str, str]:
-    """Settings without which a selector cannot be built."""
-    if name != "rho_loss":
-        return {}
-    path = Path(mkdtemp()) / "table.parquet"
-    loss = np.random.default_rng(0).random(10_000 + SIZE, np.float32)
-    pq.write_table(pa.table({"sample": np.arange(len(loss)), "loss": loss}), path)
-    return {"table": str(path)}
 
 
 def build(name: str, **settings: object) -> Selector:

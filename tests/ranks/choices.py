@@ -19,6 +19,7 @@ from pipeline.run import RunConfig
 from pipeline.selection.groups import GlobalSelector
 from pipeline.types import Batch
 from tests.runs import DEBUG
+from tests.selector_cases import needed
 
 BATCH, RATE, VISITS = 64, 0.25, 4
 
@@ -28,7 +29,7 @@ def choose(name: str, data: Path, comm: Comm) -> dict:
     sources = Sources.open(load(RunConfig, DEBUG, [f"data.sources.0.url={data}"]).data)
     plan = layout(sources.shapes, BATCH, 8, 4, 2, 0)
     lanes = RankLanes(plan, comm.rank, comm.size)
-    config = importlib.import_module(f"pipeline.selection.{name}").Config(rate=RATE, warmup_visits=1, scope="global")
+    config = importlib.import_module(f"pipeline.selection.{name}").Config(rate=RATE, warmup_visits=1, scope="global", **needed(name))
     selector = GlobalSelector(config.build(lanes.num_samples, plan.steps_for(1), seed=3), BATCH, int(RATE * BATCH), comm)
     make = torch.Generator().manual_seed(1)
     steps = plan.steps_for(VISITS)
