@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["extra_memory", "installed", "interleave", "machine", "ratio", "save", "summary"]
+__all__ = ["extra_memory", "installed", "interleave", "machine", "ratio", "save", "spread", "summary", "table"]
 
 
 def interleave(providers: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -100,3 +100,20 @@ def save(path: str | Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(results: list[dict[str, dict[str, float]]]) -> str:
+    """One line per method; the columns are what the experiment measures."""
+    columns = list(dict.fromkeys(key for values in results[0].values() for key in values))
+    columns = [column for column in columns if not isinstance(next(v[column] for v in results[0].values() if column in v), str)]
+    width = max(16, *(len(method) + 2 for method in results[0]))
+    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
+    for method in results[0]:
+        cells = [spread([seed[method][c] for seed in results]) if c in results[0][method] else "" for c in columns]
+        lines.append(f"{method:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)

@@ -13,26 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, save
+from benchmarks.common import machine, save, table
 
 EXPERIMENTS = ("digits", "collapse", "split", "openmoji", "tuxpaint")
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def table(results: list[dict[str, dict[str, float]]]) -> str:
-    """One line per method; the columns are what the experiment measures."""
-    columns = list(dict.fromkeys(key for values in results[0].values() for key in values))
-    columns = [column for column in columns if not isinstance(next(v[column] for v in results[0].values() if column in v), str)]
-    width = max(16, *(len(method) + 2 for method in results[0]))
-    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
-    for method in results[0]:
-        cells = [spread([seed[method][c] for seed in results]) if c in results[0][method] else "" for c in columns]
-        lines.append(f"{method:{width}}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
 
 
 def judged(bars: list[dict[str, Any]]) -> list[dict[str, Any]]:
