@@ -93,7 +93,8 @@ class Ways:
 
     def ours_waiting(self) -> tuple[float, float, list[float]]:
         began = time.perf_counter()
-        self.waiting.save(self.trainer.progress.step, self.trainer.facts, self.trainer.files)
+        step = self.trainer.progress.step
+        self.waiting.save(step, self.trainer.facts, self.trainer.files, lambda: self.trainer.record.flush(step))
         stall = time.perf_counter() - began
         return stall, stall, []
 

@@ -128,13 +128,16 @@ class Trainer:
         p.visit = p.offered / self.data.lanes.layout.num_samples
 
     def save(self) -> None:
-        """Begins a checkpoint, when the one before is whole; collective. Raises CheckpointError, for the one before too."""
+        """Begins a checkpoint, when the one before is whole; collective. Raises CheckpointError, for the one before too.
+
+        The selection log goes first: a checkpoint vouches for what was recorded before it.
+        """
         self.check_data()
         self.record.check_finite(self.engine.weight_norm())
         self.settle()
         p, comm = self.progress, self.engine.comm
         state = {"progress": asdict(p), "data": self.data.state_dict(comm), "warmup": self.scoring.watch.state_dict()}
-        self.saver.save(p.step, self.facts | state, self.files)
+        self.saver.save(p.step, self.facts | state, self.files, first=lambda: self.record.flush(p.step))
 
     def check_data(self) -> None:
         """Raises DataError on every rank when one of them cannot go on; nothing is saved of the steps since then. Collective."""
@@ -146,8 +149,7 @@ class Trainer:
             )
 
     def files(self, host: Host) -> Files:
-        """What this rank saves. The selection log goes first: a checkpoint vouches for what was recorded before it."""
-        self.record.flush(self.progress.step)
+        """What this rank saves. Collective in ZeRO 3."""
         return self.engine.files(host) | checkpoint.lanes_file(self.data.lanes, self.scoring.state_dict(), host)
 
     def settle(self) -> None:

@@ -55,15 +55,17 @@ class Saver:
         self._writer: _Writer | None = None
         self._stalled = 0.0
 
-    def save(self, step: int, facts: dict[str, Any], share: Callable[[Host], Files]) -> None:
+    def save(self, step: int, facts: dict[str, Any], share: Callable[[Host], Files], first: Callable[[], None] = lambda: None) -> None:
         """Begins the checkpoint of a step; ends it too without checkpoint.asynchronous. `share` copies what this rank will write.
+
+        `share` may be collective, and is asked once `first`, which may fail on one rank alone, has succeeded on all.
 
         Collective. Raises CheckpointError on every rank, for the save before this one as well; the earlier checkpoints stay as they are.
         """
         self.wait()
         began = time.perf_counter()
         folder = checkpoint.folder_of(self.run, step)
-        self._together(folder, lambda: self._begin(folder))
+        self._together(folder, lambda: (self._begin(folder), first()))
         files = self._together(folder, lambda: share(self.host))
         self.host.arrived()
         if self.comm.rank == 0:
@@ -144,7 +146,7 @@ class Saver:
     def _failed(self, folder: Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):
             return error
-        if self.comm.rank == 0:
+        if self.comm.rank == 0 and not (folder / "COMMIT").is_file():  # with it, only an older checkpoint could not be removed
             shutil.rmtree(folder, ignore_errors=True)
         if error is None:
             return CheckpointError(

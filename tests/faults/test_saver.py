@@ -1,5 +1,6 @@
 """The half of a save that runs beside training: killed, out of room, slow, or not to be committed. Two ranks are two processes."""
 
+import errno
 import hashlib
 import json
 import signal
@@ -115,6 +116,31 @@ def test_a_folder_that_another_process_has_taken_gets_no_commit(tmp_path: Path, 
         saver.wait()
     assert commits(tmp_path) == ["step-00000001", "step-00000002"]
     assert (tmp_path / "checkpoints" / "step-00000003").exists()  # perhaps the other one's
+
+
+def test_a_disk_that_is_full_for_the_log_is_agreed_on_before_ranks_share(tmp_path: Path) -> None:
+    shared = []
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-00000001: could not be written .*make room"):
+        Saver(CheckpointConfig(), tmp_path, LocalComm()).save(1, {}, lambda host: shared.append(host) or {}, full)
+    assert not shared and not (tmp_path / "checkpoints" / "step-00000001").exists()
+
+
+def test_a_checkpoint_stays_when_an_older_one_cannot_be_removed(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(f"{folder}")
+
+    gate.open.set()
+    saver = Saver(CheckpointConfig(keep=1, asynchronous=False), tmp_path, LocalComm())
+    saver.save(1, {}, gate.share)
+    monkeypatch.setattr(checkpoint, "remove", refuse)
+    with pytest.raises(CheckpointError, match="PermissionError"):
+        saver.save(2, {}, gate.share)
+    assert commits(tmp_path) == ["step-00000001", "step-00000002"]
+    checkpoint.verify(tmp_path / "checkpoints" / "step-00000002")
 
 
 def test_an_error_of_training_lets_the_save_under_way_become_whole(tmp_path: Path, gate: Gate) -> None:
