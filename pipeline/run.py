@@ -22,7 +22,7 @@ from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.comm import Comm, LocalComm
 from pipeline.distributed.engine import Engine, EngineConfig
-from pipeline.distributed.home import Home, folder_of, open_home
+from pipeline.distributed.home import Home, folder_of, open_home, together
 from pipeline.distributed.launch import describe_device, start
 from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.saver import Saver
@@ -140,10 +140,10 @@ def build(config: RunConfig) -> tuple[Trainer, Home]:
 
 def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     folder, comm = home.folder, home.comm
-    sources = Sources.open(config.data)
+    sources = together(comm, lambda: Sources.open(config.data))
     plan = layout(sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
     plan.check_world(comm.size)
-    teachers = Teachers.open(config.teachers, sources)
+    teachers = together(comm, lambda: Teachers.open(config.teachers, sources))
     facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps = config.num_steps(sources.num_samples)
@@ -152,8 +152,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     decoders = prepare(config, home, sources)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
     task = build_task(config, folder, comm)
-    if config.init_from and not checkpoint.committed(folder):
-        config.init_from.load(task.towers)
+    fresh = config.init_from and not checkpoint.committed(folder)
+    together(comm, lambda: config.init_from.load(task.towers) if fresh else None)
     engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
     fetch = Fetch(sources, decoders, config.seed, teachers.rows)
     data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
@@ -192,18 +192,17 @@ def prepare(config: RunConfig, home: Home, sources: Sources) -> dict[str, Decode
     """The decoders of towers and teachers. Rank 0 does first what is done once (a tokenizer); resume finds it done, for these towers and samples."""
     folder, comm = home.folder, home.comm
     done, this = folder / "prepared", digest([dump(config)["towers"], dump(config)["init_from"], sources.digest])
-    trouble = None
-    if comm.rank == 0 and not (done.is_file() and done.read_text(encoding="utf-8") == this):
-        try:
-            for tower in config.towers.values():
-                tower.prepare(TowerData(folder, sources.captions))
-            if config.init_from:
-                config.init_from.prepare(config.towers, folder)
-            done.write_text(this, encoding="utf-8")
-        except ConfigError as error:
-            trouble = str(error)
-    if trouble := comm.broadcast(trouble):  # the others wait here
-        raise ConfigError(trouble)
+
+    def once() -> None:
+        if comm.rank or (done.is_file() and done.read_text(encoding="utf-8") == this):
+            return
+        for tower in config.towers.values():
+            tower.prepare(TowerData(folder, sources.captions))
+        if config.init_from:
+            config.init_from.prepare(config.towers, folder)
+        done.write_text(this, encoding="utf-8")
+
+    together(comm, once)
     home.share()
     return make_decoders(config, folder, train=True)
 
