@@ -190,7 +190,8 @@ def curate(args: argparse.Namespace) -> int:
     if args.share is not None and not 0 < args.share < 1:
         raise ConfigError(f"--share {args.share}: expected a share between 0 and 1")
     view = View(args.run)
-    view.pull("selection/*", "checkpoints/*", "warmup.json")
+    view.pull("selection/*", "warmup.json")
+    view.weights("newest", ("run.json", "lanes-*"))
     print(curate(view.folder, args.out, args.share, args.write))
     return 0
 

@@ -45,8 +45,9 @@ def newest(store: Store) -> Held | None:
 
 
 def _read(store: Store, number: int) -> Held:
+    text = store.read(name_of(number))  # a store that does not answer says nothing about what is in it
     try:
-        told = json.loads(store.read(name_of(number)))
+        told = json.loads(text)
         return Held(number, Owner(*told["owner"]), told["token"], told["beat"], told["left"])
     except (ValueError, TypeError, KeyError):
         raise DataError(f"{store.at(name_of(number))}: is no claim; find out who wrote it, and delete it") from None

@@ -10,7 +10,7 @@ from pipeline.config import ConfigError
 from pipeline.data.errors import DataError, StorageError
 from pipeline.data.lanes import RankLanes
 from pipeline.data.storage import is_local, local_path
-from pipeline.distributed import checkpoint, copies, remote
+from pipeline.distributed import checkpoint, claim, copies, remote
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.claim import Claim
 from pipeline.distributed.comm import Comm
@@ -150,6 +150,8 @@ class RemoteHome(Home):
             if self.keeper:
                 if not own:
                     self.copy.forget()
+                    for word in (self.folder / copies.CHECKPOINTS).glob("step-*/done-*.json"):
+                        word.unlink()  # before the new token counts: what was dropped once is not finished by a later start
                 checkpoint.write_durably(self.folder / "claim.json", json.dumps({"number": number, "token": token}))
 
         together(self.comm, begin)
@@ -165,6 +167,10 @@ class RemoteHome(Home):
             for old in (self.folder / copies.CHECKPOINTS).glob("step-*"):
                 if old.name != checkpoint.folder_of(self.folder, self.step).name or not self.files:
                     checkpoint.remove(old)
+            remote.leave_only(self.folder, self.step, self.files)
+            for part in (self.folder / "selection").glob("step-*-rank*.p*"):
+                if int(part.name.split("-")[1]) > self.step:
+                    part.unlink()  # of steps that are about to be run again, perhaps by another number of ranks
             self.copy.pull(lambda name: not copies.is_large(name))
             if self.files:
                 remote.fetch(self.store, self.step, self.files, ["run.json"], self.folder)
@@ -226,11 +232,12 @@ class RemoteHome(Home):
 
     def close(self, well: bool) -> None:
         store = self.store if well else self.store.once()
+        patient = self.uploads.patience if well else lambda action: action()
         try:
             if self.keeper:
                 self.copy.store = store
-                self.copy.push(self.uploads.patience if well else lambda action: action())
-        except (DataError, TimeoutError, OSError) as error:
+                self.copy.push(lambda action: patient(lambda: (claim.check(store, self.uploads.number), action())[1]))
+        except (CheckpointError, DataError, TimeoutError, OSError) as error:
             print(f"{self.store.url}: the record of the run since its last checkpoint is in {self.folder} only ({error})", flush=True)
         try:
             if self.claim:

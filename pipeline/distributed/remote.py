@@ -82,6 +82,13 @@ def commit_here(run: Path, step: int, files: Listed) -> None:
     checkpoint.commit(folder, {name: entry for name, entry in files.items() if (folder / name).is_file()})
 
 
+def leave_only(run: Path, step: int, files: Listed) -> None:
+    """Removes what another attempt at the step, by another number of ranks, has left here: who reads a checkpoint looks for names."""
+    for path in checkpoint.folder_of(run, step).glob("[!.]*"):
+        if path.name not in files and path.name != "COMMIT":
+            path.unlink(missing_ok=True)
+
+
 def unfinished(run: Path) -> list[Path]:
     """Local checkpoint folders with words of ranks, oldest first."""
     return sorted({path.parent for path in (run / CHECKPOINTS).glob("step-*/done-*-of-*.json")})
@@ -123,7 +130,7 @@ class Uploads:
         checkpoint.write_durably(folder / f"done-{rank:05d}-of-{size:05d}.json", json.dumps(listed))
         self._ask(folder, lambda: claim.check(self._once, self.number))
         if self.record:
-            self.record.push(lambda action: self._ask(folder, action))
+            self.record.push(lambda action: self._ask(folder, lambda: (claim.check(self._once, self.number), action())[1]))
         for name in listed:
             self._ask(folder, lambda name=name: self._new(f"{CHECKPOINTS}/{folder.name}/{name}", folder / name))
         word = json.dumps({"size": size, "files": listed}).encode()

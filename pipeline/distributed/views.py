@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.storage import is_local, local_path
-from pipeline.distributed import claim, copies, remote
+from pipeline.distributed import checkpoint, claim, copies, remote
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.copies import Copy
 from pipeline.distributed.store import Store
@@ -37,14 +37,15 @@ class View:
         if self.store:
             self._copy(lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
 
-    def weights(self, which: str) -> None:
-        """Makes sure that the weights of a checkpoint are here: newest, best, or a step. Raises CheckpointError, DataError."""
+    def weights(self, which: str, patterns: tuple[str, ...] = WEIGHTS) -> None:
+        """Makes sure that the weights of a checkpoint are here, or other files of it: newest, best, or a step. Raises CheckpointError,
+        DataError."""
         if which == "best":
             self.pull("best/*")
         if self.store is None or not (which == "newest" or which.isdigit()):
             return
         for attempt in range(3):
-            steps = remote.committed(self.store)
+            steps = self._steps()
             wanted = int(which) if which.isdigit() else max(steps, default=None)
             if wanted is None:
                 return  # whoever looks for it says so
@@ -54,8 +55,10 @@ class View:
                 )
             try:
                 files = remote.files_of(self.store, wanted)
-                remote.fetch(self.store, wanted, files, WEIGHTS, self.folder)
-                remote.commit_here(self.folder, wanted, {name: files[name] for name in WEIGHTS})
+                needed = {name: files[name] for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+                remote.leave_only(self.folder, wanted, files)
+                remote.fetch(self.store, wanted, files, needed, self.folder)
+                remote.commit_here(self.folder, wanted, needed)
                 return
             except (CheckpointError, FileNotFoundError):
                 if attempt == 2 or wanted in remote.committed(self.store):
@@ -75,6 +78,15 @@ class View:
         """Whether somebody trains the run, as far as the store's clock and this machine's agree. Raises DataError."""
         held = claim.newest(self.store)
         return held is not None and not held.left and time.time() - self.store.written(held.name) < claim.DEAD_AFTER
+
+    def _steps(self) -> list[int]:
+        """The store's checkpoints. What is here of later ones was deleted there, and is not the newest any more."""
+        with self._alone():
+            steps = remote.committed(self.store)
+            for folder in checkpoint.committed(self.folder):
+                if not steps or folder.name > checkpoint.folder_of(self.folder, steps[-1]).name:
+                    checkpoint.remove(folder)
+        return steps
 
     def _copy(self, wanted: Callable[[str], bool]) -> None:
         with self._alone():

@@ -1,0 +1,114 @@
+"""What other starts have left, in an object store and on this machine, is neither taken for this run's nor written over what is newer."""
+
+import gc
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.data.errors import StorageError
+from pipeline.distributed import checkpoint, claim, remote
+from pipeline.distributed.claim import Claim
+from pipeline.distributed.comm import LocalComm
+from pipeline.distributed.home import Home, open_home
+from pipeline.distributed.store import Store
+from pipeline.distributed.views import View
+from tests.faults.test_remote import checkpoint_in, fall_silent, upload
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A run folder in a store in memory; copies of it are under tmp_path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = f"/{uuid.uuid4().hex}"
+    yield f"memory:/{name}/x"
+    MemoryFileSystem().rm(name, recursive=True)
+
+
+def start(url: str, cache: Path) -> Home:
+    return open_home(url, cache, LocalComm(), upload_timeout=10.0)
+
+
+def end(home: Home, well: bool = True) -> None:
+    home.close(well)
+    home.lock._file.close()
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("of another attempt")
+    return path
+
+
+def test_a_claim_that_cannot_be_read_now_is_no_damaged_one(url: str) -> None:
+    class Away(Store):
+        def read(self, name: str) -> bytes:
+            raise StorageError(f"{name}: does not answer")
+
+    Store(url).write(claim.name_of(1), b"not a claim")
+    with pytest.raises(ValueError, match="is no claim; find out who wrote it"):
+        claim.newest(Store(url))
+    with pytest.raises(StorageError, match="does not answer"):
+        claim.newest(Away(url))
+
+
+def test_of_another_attempt_at_the_same_step_nothing_is_read(url: str, tmp_path: Path) -> None:
+    first = start(url, tmp_path)
+    upload(url, first.folder, 10)
+    end(first)
+    stray = write(checkpoint.folder_of(first.folder, 10) / "optimizer-00000-of-00001.safetensors")
+    before = write(first.folder / "selection" / "step-00000010-rank0001.parquet")
+    after = write(first.folder / "selection" / "step-00000020-rank0001.parquet")
+    second = start(url, tmp_path)
+    assert second.step == 10 and not stray.exists() and before.exists() and not after.exists()
+    assert (checkpoint.folder_of(first.folder, 10) / "optimizer-00000-of-00002.safetensors").exists()
+    end(second)
+
+
+def test_a_checkpoint_that_was_dropped_is_not_finished_by_a_later_start(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = start(url, tmp_path)
+    for rank, files in checkpoint_in(here.folder, 30).items():  # whole on this disk, but another machine goes on before it is brought away
+        checkpoint.write_durably(checkpoint.folder_of(here.folder, 30) / f"done-{rank:05d}-of-00002.json", json.dumps(files))
+    end(here)
+    end(start(url, tmp_path / "elsewhere"))
+
+    def away(store: Store) -> list[int]:
+        raise StorageError("does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "committed", away)
+        with pytest.raises(StorageError):
+            start(url, tmp_path)  # this machine has the newest claim from here on
+    gc.collect()  # the lock of a start that failed goes with its process, which is this one here
+    end(last := start(url, tmp_path))
+    assert last.step == 0 and remote.committed(Store(url)) == []
+
+
+def test_a_process_that_was_replaced_leaves_the_record_of_the_newer_one_alone(
+    url: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    older = start(url, tmp_path)
+    newer = Claim(Store(url), gone=older.claim.token, beat=60.0)
+    Store(url).write("metrics.jsonl", b"of the newer start")
+    write(older.folder / "metrics.jsonl")
+    end(older)
+    fall_silent(newer)
+    assert Store(url).read("metrics.jsonl") == b"of the newer start"
+    assert "has taken over this run" in capfd.readouterr().out
+
+
+def test_a_view_has_the_newest_checkpoint_of_the_store_and_what_was_asked_for(url: str, tmp_path: Path) -> None:
+    for step in (10, 20):
+        upload(url, tmp_path / "run", step)
+    view = View(url)
+    view.weights("newest")
+    assert checkpoint.newest(view.folder)[1]["step"] == 20
+    store = Store(url)
+    store.remove(store.listing("checkpoints/step-00000020"))
+    view.weights("newest", ("run.json", "lanes-*"))
+    folder, state = checkpoint.newest(view.folder)
+    assert state["step"] == 10
+    assert {path.name for path in folder.glob("[!.]*")} == {"COMMIT", "run.json", "lanes-00000-00001.parquet", "lanes-00002-00003.parquet"}
