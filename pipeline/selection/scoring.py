@@ -18,6 +18,7 @@ from pipeline.config import ConfigError, Strict
 from pipeline.data.lanes import RankLanes
 from pipeline.hashing import hash_ids
 from pipeline.record.profile import forward_flops, measured_peak
+from pipeline.selection.base import Selector
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.warmup import Watch
 from pipeline.types import Batch, Selection
@@ -89,6 +90,7 @@ class Scoring:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         self.last = torch.full((lanes.num_samples,), torch.nan, device=engine.device) if config.every > 1 else None
         self._check(groups.selector)
+        self.first_scores = self._first_scores(groups.selector)
 
     def _check(self, selector: Any) -> None:
         """Raises ConfigError for options that the towers or the selector do not have."""
@@ -114,18 +116,29 @@ class Scoring:
         """The rows to train. Collective in ZeRO stage 3, with the same number of rows embedded on every rank."""
         selector = self.groups.selector
         needs, all_rows = selector.needs(step) | (self.watch.needs(step) if self.watch else frozenset()), selector.trains_all(step)
+        if step in self.first_scores:
+            needs |= {"cosine"}
         if self.config.reuse and all_rows and needs == {"cosine"}:
             return Choice(Selection(torch.arange(len(batch), device=batch.slot.device)), late=True)
         wanted = self.negatives and not all_rows
         if not needs and not wanted:
             return Choice(self.groups.select(batch, None, step)[0])
-        rows, padding = (None, 0) if selector.in_warmup(step) else self.rows(step)
+        rows, padding = (None, 0) if selector.in_warmup(step) or step in self.first_scores else self.rows(step)
         if rows is None:
             features = self.embed(batch)
             selection, cosine = self.groups.select(batch, features, step)
             self._remember(batch.slot, cosine, batch.valid)
             return Choice(selection, cosine, features if wanted else None, len(batch))
         return self._in_part(batch, torch.from_numpy(rows).to(batch.slot.device, non_blocking=True), padding, step, wanted)
+
+    def _first_scores(self, selector: Selector) -> range:
+        """The steps at which everything is scored since warm-up scored nothing that could stand in: from where the first lane has
+        finished warm-up to where the last has finished the visit after it. Empty where there is no need."""
+        visits, plan = selector.config.warmup_visits, self.lanes.layout
+        scored = selector.needs(0) or visits == "auto" or (self.config.reuse and selector.trains_all(0))
+        if self.last is None or scored or not selector.warmup_steps:
+            return range(0)
+        return range(int((plan.size * visits // plan.per_lane).min()), plan.steps_for(visits + 1))
 
     def rows(self, step: int) -> tuple[np.ndarray | None, int]:
         """The rows of this rank that are scored at `step` after warm-up, int64 (None: all), and how many more other ranks have at most."""

@@ -161,6 +161,22 @@ def test_a_last_score_stands_in_and_is_not_recorded_as_a_visit(start) -> None:
     assert torch.equal(trainer.scoring.state_dict()["score"], trainer.selector.selector.scores.score)
 
 
+def test_a_warm_up_that_scores_nothing_is_followed_by_a_visit_that_scores_all(start) -> None:
+    trainer = start("scoring.every=2", "visits=6", "selector={name: clip_score, rate: 0.5, warmup_visits: 2}")
+    assert trainer.fit()
+    log, plan, first = log_of(trainer), trainer.data.lanes.layout, trainer.scoring.first_scores
+    warm, later = plan.steps_for(2), plan.steps_for(3)
+    assert warm - 1 <= first.start <= warm < later == first.stop
+    assert np.isnan(log["score"][log["step"] < first.start]).all() and not np.isnan(log["score"][log["step"] >= first.start]).any()
+    assert len(first) * 64 < trainer.progress.scored < (len(first) + 0.7 * (trainer.steps - later)) * 64
+    for step in range(warm, trainer.steps):  # the better half of each group, not the lanes that happened to be scored
+        for group in np.split(np.flatnonzero(log["step"] == step), 2):
+            kept, scores = log["kept"][group], log["score"][group]
+            assert kept.sum() == 16 and scores[kept].min() >= scores[~kept].max()
+    reused = start("scoring.every=2", "scoring.reuse=true", "selector={name: clip_score, rate: 0.5, warmup_visits: 2}", out="reused")
+    assert not reused.scoring.first_scores, "training forwards were scores already"
+
+
 def test_training_forwards_can_replace_the_warm_ups_scoring_pass(start) -> None:
     plain, reused = start(out="plain"), start("scoring.reuse=true", out="reused")
     assert plain.fit() and reused.fit()
