@@ -31,6 +31,9 @@ from pipeline.data.errors import DataError
 PRELOADED = ["pipeline.__main__", "pipeline.run", "pipeline.evaluation.evaluate", "pipeline.objectives.clip", "accelerate.checkpointing"]
 
 
+MATCHED = "+time"  # ends the name of a row that is given as much time as another one
+
+
 class Grid(Strict):
     """What is compared. Every list of overrides is as on the command line of `python -m pipeline train`."""
 
@@ -61,7 +64,11 @@ class Cell(NamedTuple):
 
     @property
     def digest(self) -> str:
-        return digest([self.config, self.overrides])
+        """Of the configuration's text and the overrides; of a matched cell without the visits that measured seconds gave it."""
+        path, overrides = Path(self.config), list(self.overrides)
+        if self.selector.endswith(MATCHED):
+            overrides.pop(max(place for place, one in enumerate(overrides) if one.startswith("visits=")))
+        return digest([path.read_text(encoding="utf-8") if path.is_file() else self.config, overrides])
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -92,7 +99,7 @@ def matched(grid: Grid, done: list[dict[str, Any]], visits: float) -> list[Cell]
                 ratios = [here[like, seed] / here[row, seed] for seed in grid.seeds if (like, seed) in here and (row, seed) in here]
                 if ratios:
                     more = [*grid.overrides, *data, *grid.selectors[row], f"visits={round(visits * statistics.median(ratios), 1)}"]
-                    found += [_cell(grid, name, f"{row}+time", rate, seed, more) for seed in grid.seeds]
+                    found += [_cell(grid, name, f"{row}{MATCHED}", rate, seed, more) for seed in grid.seeds]
     return found
 
 
@@ -102,7 +109,7 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["digest"] == cell.digest or cell.selector.endswith("+time") else None
+    return found if found["digest"] == cell.digest else None
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure
 from pipeline.evaluation.selection_quality import LOG_SCHEMA
 from pipeline.run import RunConfig, build_task, compete, make_decoders
 from pipeline.selection.groups import GroupSelector
+from pipeline.selection.scoring import ScoringConfig
 from pipeline.selection.warmup import Watch, visits_of
 from pipeline.towers.base import TowerData
 from pipeline.types import Batch, Selection
@@ -35,10 +36,11 @@ class Run:
         if (
             config.engine.precision != "fp32"
             or config.teachers
-            or config.scoring.every > 1
+            or config.init_from
+            or config.scoring.model_copy(update={"micro_batch": None}) != ScoringConfig()
             or any(o.rejected() for o in config.objectives.values())
         ):
-            raise ConfigError("memory: true: needs engine.precision fp32, no teachers, scoring.every 1, negatives: selected")
+            raise ConfigError("memory: true: needs engine.precision fp32, no teachers or init_from, scoring's defaults, negatives: selected")
         self.config, self.folder, self.comm = config, Path(config.out), LocalComm()
         torch.set_num_threads(config.engine.threads or 1)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from benchmarks.selection import Cell, Grid, cells, finished, in_processes, matched
+from benchmarks.selection_memory import run
 from benchmarks.selection_tables import groups, paired, plots, text, verdicts
-from pipeline.config import load, parse
+from pipeline.config import ConfigError, load, parse
+from pipeline.run import RunConfig
+from tests.runs import DEBUG
 
 ROOT = Path(__file__).parents[2]
 GRID = {
@@ -45,6 +48,47 @@ def test_a_finished_cell_is_kept_and_one_with_other_settings_is_not(tmp_path: Pa
     (Path(cell.folder) / "cell.json").write_text(json.dumps(done(cell, 5.0)), encoding="utf-8")
     assert finished(cell)["top1"] == 5.0
     assert finished(cell._replace(overrides=[*cell.overrides, "visits=3"])) is None
+
+
+def test_another_text_of_the_configuration_is_another_setting(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 0\n", encoding="utf-8")
+    cell = cells(parse(Grid, GRID | {"config": str(tmp_path / "c.yaml")}, "here"))[0]
+    before = cell.digest
+    (tmp_path / "c.yaml").write_text("seed: 1\n", encoding="utf-8")
+    assert cell.digest != before
+
+
+def test_a_matched_cell_keeps_its_first_visits_and_no_other_settings(tmp_path: Path) -> None:
+    values = GRID | {"out": str(tmp_path), "seeds": [0], "overrides": ["visits=16"]}
+
+    def stretched(seconds: float, **change: Any) -> Cell:
+        grid = parse(Grid, values | change, "here")
+        return matched(grid, [done(c, 1.0, seconds if c.selector == "blend" else 10.0) for c in cells(grid)], 16)[0]
+
+    cell = stretched(20.0)
+    Path(cell.folder).mkdir(parents=True)
+    (Path(cell.folder) / "cell.json").write_text(json.dumps(done(cell, 5.0)), encoding="utf-8")
+    assert "visits=32.0" in cell.overrides and "visits=33.6" in stretched(21.0).overrides
+    assert finished(cell)["top1"] == finished(stretched(21.0))["top1"] == 5.0
+    assert finished(stretched(20.0, overrides=["visits=12"])) is None
+    assert finished(stretched(20.0, overrides=["visits=16", "optimizer.lr=0.1"])) is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "scoring.every=2",
+        "scoring.reuse=true",
+        "scoring.patches=0.5",
+        "scoring.precision=bf16",
+        "init_from={run: elsewhere, towers: {student: student}}",
+    ],
+)
+def test_what_the_grid_in_memory_does_not_have_is_refused(override: str, tmp_path: Path) -> None:
+    config = load(RunConfig, DEBUG, ["engine.precision=fp32", f"out={tmp_path / 'run'}", override])
+    with pytest.raises(ConfigError, match="memory: true"):
+        run(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_matched_row_gets_the_visits_that_the_median_ratio_buys() -> None:
