@@ -14,6 +14,7 @@ import torch
 from pipeline.config import ConfigError, dump, parse, to_yaml
 from pipeline.data.errors import DataError
 from pipeline.data.fetch import labels_shown
+from pipeline.data.storage import is_local, local_path
 from pipeline.evaluation.guide import Choice, NeedsUmt, Rule, choose, probe, ume
 from pipeline.evaluation.student import outputs
 from pipeline.objectives import cross_entropy
@@ -35,14 +36,15 @@ class Configs(NamedTuple):
 def configs(config: RunConfig, weight: float = 0.1) -> Configs:
     """The uni-modal runs, UMT with them as live teachers (`weight` each), and UME as one student. Raises ConfigError."""
     tower, task = _checked(config)
-    values, out = dump(config), Path(config.out)
+    values, out = dump(config), Path(local_path(config.out))
     modalities = values["data"]["modalities"]
     alone, follow, own, inputs = {}, {}, {}, {}
+    fresh: dict[str, Any] = {"teachers": {}, "init_from": None}  # of what is compared with each other: nothing from elsewhere
     for name, one in dump(tower)["inputs"].items():
         one |= {"classes": tower.classes}
         present = f"{one['field']}.present" if modalities.get(one["field"], {}).get("optional") else None
         mine = {"modalities": {field: given for field, given in modalities.items() if field == one["field"]}}
-        change = {"out": str(out / name), "towers": {MAIN: one}, "objectives": {"task": task | {"present": present}}, "init_from": None}
+        change = {"out": str(out / name), "towers": {MAIN: one}, "objectives": {"task": task | {"present": present}}} | fresh
         alone[name] = parse(RunConfig, values | change | {"data": values["data"] | mine}, f"guide: {name} alone")
         widths = {"student_width": one["embed_dim"], "teacher_width": one["embed_dim"]}
         ends = {"student": f"{name}.embedding", "teacher": f"{name}_alone.embedding"}
@@ -52,12 +54,14 @@ def configs(config: RunConfig, weight: float = 0.1) -> Configs:
     teachers = {f"{name}_alone": {"name": "live", "run": str(out / name), "tower": MAIN} for name in alone}
     distilled = {"out": str(out / "umt"), "objectives": values["objectives"] | follow, "teachers": values["teachers"] | teachers}
     student = dump(tower) | {"fuse": "ensemble", "inputs": inputs, "embed_dim": sum(one["embed_dim"] for one in inputs.values())}
-    ensemble = {"out": str(out / "ume"), "towers": {MAIN: student}, "objectives": own, "teachers": {}}
+    ensemble = {"out": str(out / "ume"), "towers": {MAIN: student}, "objectives": own} | fresh
     return Configs(alone, parse(RunConfig, values | distilled, "guide: UMT"), parse(RunConfig, values | ensemble, "guide: UME"))
 
 
 def _checked(config: RunConfig) -> tuple[fusion.Config, dict[str, Any]]:
     """The student and its task's loss. Raises ConfigError where the guide's question makes no sense."""
+    if not is_local(config.out):
+        raise ConfigError(f"out: {config.out}: the guide's runs and its choice lie in a folder; give a local one")
     tower = config.towers.get(MAIN)
     if not isinstance(tower, fusion.Config) or tower.fuse == "ensemble":
         raise ConfigError(
@@ -80,9 +84,9 @@ def _checked(config: RunConfig) -> tuple[fusion.Config, dict[str, Any]]:
 
 def train(config: RunConfig) -> TrainedRun:
     """Trains, goes on, or finds it done. Raises ConfigError when it was asked to stop on the way."""
-    trainer, lock = build(config)
-    complete = trainer.fit()
-    del lock
+    trainer, home = build(config)
+    with home:
+        complete = trainer.fit()
     if not complete:
         raise ConfigError(f"{config.out}: stopped at step {trainer.progress.step}, saved; the same command goes on")
     return TrainedRun(Path(config.out))
@@ -118,7 +122,7 @@ def guide(
         held_umt = outputs(train(planned.umt), [url], workers=config.evaluation.workers)
         said = dict(zip(held_umt["sample"].tolist(), held_umt["logits"].argmax(1).tolist()))
         choice = choose(rule, **found, umt=np.array([said.get(sample, -1) for sample in held["sample"].tolist()]))
-    path = Path(config.out) / STAGE2
+    path = Path(local_path(config.out)) / STAGE2
     path.write_text(to_yaml(getattr(planned, choice.method)), encoding="utf-8")
     why = choice._asdict() | {"rule": rule, "validation": url, "rows": len(held["label"]), "modalities": list(planned.alone)}
     (path.parent / WHY).write_text(json.dumps(why, indent=1), encoding="utf-8")

@@ -89,6 +89,7 @@ def test_rows_are_those_that_all_models_know_with_a_label_and_a_modality() -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"out": "s3://bucket/run"}, "out: s3://bucket/run: .* give a local one"),
         ({"towers": {"student": EYE | {"classes": 10}}}, "expected a fusion tower"),
         ({"towers": {"student": JOINT["towers"]["student"] | {"inputs": {"canvas": EYE}}}}, "nothing to choose with one modality"),
         ({"data": JOINT["data"] | {"classes": None, "sources": [{"url": "x"}]}}, "name the classes"),
@@ -103,3 +104,14 @@ def test_a_question_without_sense_is_an_error(change: dict, said: str) -> None:
     values = JOINT | {"out": "x", "data": JOINT["data"] | {"sources": [{"url": "x"}]}} | change
     with pytest.raises(ConfigError, match=said):
         configs(parse(RunConfig, values, "here"))
+
+
+def test_uni_modal_runs_and_the_ensemble_start_from_nothing_and_follow_nobody() -> None:
+    elsewhere = {"teachers": {"big": {"name": "live", "run": "big"}}, "init_from": {"run": "big", "towers": {"student": "student"}}}
+    kd = {"kd": {"name": "logit_kd", "teacher": "big.logits"}}
+    values = JOINT | {"out": "x", "data": JOINT["data"] | {"sources": [{"url": "x"}]}, "objectives": JOINT["objectives"] | kd} | elsewhere
+    planned = configs(parse(RunConfig, values, "here"))
+    for one in (*planned.alone.values(), planned.ume):
+        assert not one.teachers and one.init_from is None
+        check_wiring(one.towers, one.objectives, one.teachers)
+    assert set(planned.umt.teachers) == {"big", "canvas_alone", "tidy_alone"} and planned.umt.init_from is not None
