@@ -19,8 +19,11 @@ from typing import Any
 
 from pipeline.config import ConfigError, parse, read_yaml
 from pipeline.data.errors import DataError
+from pipeline.data.storage import is_local, local_path
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.evaluation.student import classifies
 from pipeline.run import RunConfig
+from pipeline.task import MAIN
 
 FILE = "compare.json"
 
@@ -57,8 +60,24 @@ def configs(plan: dict[str, Any], out: Path, seed: int, where: str = "the plan")
     found = {}
     for name, change in plan["methods"].items():
         values = named(merged(plan["base"], change)) | {"out": folders[name], "seed": seed}
-        found[name] = parse(RunConfig, values, f"{where}: methods.{name}")
+        found[name] = _measured(parse(RunConfig, values, f"{where}: methods.{name}"), f"{where}: methods.{name}")
     return found
+
+
+def _measured(config: RunConfig, where: str) -> RunConfig:
+    """The same configuration. Raises ConfigError where no figure could be told of the run when it is trained."""
+    if config.evaluation.data is None:
+        raise ConfigError(f"{where}: evaluation.data: methods are compared on held-out shards; name them")
+    if config.data.classes is None or MAIN not in config.towers or not classifies(config.towers):
+        raise ConfigError(f"{where}: methods are compared by accuracy; name data.classes, and give towers.{MAIN} as many classes")
+    return config
+
+
+def folder_of(out: str) -> Path:
+    """The folder of all runs. Raises ConfigError for one in an object store."""
+    if not is_local(out):
+        raise ConfigError(f"--out {out}: the runs of a comparison lie in a folder; give a local one")
+    return Path(local_path(out))
 
 
 def run_seed(plan: dict[str, Any], out: Path, seed: int) -> None:
@@ -70,10 +89,10 @@ def run_seed(plan: dict[str, Any], out: Path, seed: int) -> None:
 
     try:
         for name, config in configs(plan, out, seed).items():
-            trainer, lock = build(config)
-            complete = trainer.fit()
+            trainer, home = build(config)
+            with home:
+                complete = trainer.fit()
             p = trainer.progress
-            del lock
             if not complete:
                 raise ConfigError(f"{config.out}: stopped at step {p.step}; the same command goes on")
             if "recognition" not in read_result(Path(config.out)):
@@ -108,24 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--first", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, each in a process (default 1)")
     args = parser.parse_args(arguments)
     try:
-        plan, seeds = read_plan(args.plan), range(args.first, args.first + args.seeds)
-        configs(plan, args.out, args.first, str(args.plan))  # errors before anything starts
+        plan, seeds, out = read_plan(args.plan), range(args.first, args.first + args.seeds), folder_of(args.out)
+        configs(plan, out, args.first, str(args.plan))  # errors before anything starts
         if args.jobs == 1:
             for seed in seeds:
-                run_seed(plan, args.out, seed)
+                run_seed(plan, out, seed)
         else:
-            _in_processes(plan, args.out, seeds, args.jobs)
-        found = figures(plan, args.out, seeds)
+            _in_processes(plan, out, seeds, args.jobs)
+        found = figures(plan, out, seeds)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (args.out / FILE).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (out / FILE).write_text(json.dumps(found, indent=1), encoding="utf-8")
     from pipeline.record.compared import plain_text
 
     print(plain_text(found))

@@ -21,6 +21,7 @@ from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, Sources
+from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.hashing import hash_ids
 from pipeline.kernels import clip_loss
 from pipeline.run import TrainedRun
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.data:
             data = DataConfig.model_validate(data.model_dump() | {"sources": [{"url": url} for url in args.data]})
         found = losses(run, Sources.open(data), args.group, args.rounds, args.workers)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.table.parent.mkdir(parents=True, exist_ok=True)

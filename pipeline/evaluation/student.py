@@ -16,8 +16,6 @@ from pipeline.evaluation.recognition import recognition
 from pipeline.evaluation.retrieval import class_retrieval
 from pipeline.task import MAIN
 
-KEPT = ("embedding", "logits")
-
 
 def classifies(towers: dict[str, Any]) -> bool:
     """Whether the student gives logits over the data's classes; one that embeds images and texts is measured by evaluate.measure."""

@@ -69,11 +69,27 @@ def test_every_method_is_a_run_for_each_seed_and_what_is_there_stays(plan: Path,
 
 def test_a_plan_that_cannot_run_is_one_message(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     values = yaml.safe_load(plan.read_text())
-    for change, said in (({"methods": []}, "expected about"), ({"base": values["base"] | {"vists": 2}}, "Did you mean 'visits'")):
+    base, methods = values["base"], values["methods"]
+    blind = {"towers": {"student": EYE | {"classes": None}}, "objectives": {"u": {"name": "umt", "student": "embedding", "teacher": "x.y"}}}
+    for change, said in (
+        ({"methods": []}, "expected about"),
+        ({"base": base | {"vists": 2}}, "Did you mean 'visits'"),
+        ({"base": base | {"evaluation": {}}}, ": evaluation.data: methods are compared on held-out shards"),
+        ({"base": base | {"data": base["data"] | {"classes": None}}}, "name data.classes"),
+        ({"methods": methods | {"blind": blind}}, "methods.blind: methods are compared by accuracy"),
+    ):
         plan.write_text(yaml.safe_dump(values | change), encoding="utf-8")
         assert main([str(plan), "--out", str(tmp_path / "runs")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_in_an_object_store_are_refused_before_anything_starts(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(plan), "--out", "s3://bucket/runs"]) == 2
+    assert "--out s3://bucket/runs: " in capsys.readouterr().err and not (tmp_path / "s3:").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
