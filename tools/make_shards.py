@@ -1,8 +1,10 @@
 """Writes webdataset shards and their index: python -m tools.make_shards SOURCE OUT [options]. Started again, it does what is left."""
 
 import argparse
+import importlib
 import multiprocessing
 import os
+import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,23 +18,25 @@ from pipeline.config import digest
 from pipeline.data import storage
 from pipeline.data.errors import DataError
 from pipeline.data.index_format import FILE, read_build, write_index
+from tools import sources
 from tools.noise import swapped
 from tools.shards import PARTS, Output, Stats, Task, make, part_bytes, rows_of
-from tools.sources import digits, icon_weights, icons, openmoji, table, tars, tuxpaint
+from tools.sources import tars
 from tools.sources.base import Source
 
 FORMAT = 1  # of the shards; a change that alters their bytes counts it up
 TRUTH = "truth.parquet"
-MADE = {module.__name__.rsplit(".", 1)[-1]: module for module in (icons, openmoji, icon_weights, tuxpaint, digits, table)}
+_MODULES = {m.name: importlib.import_module(f"tools.sources.{m.name}") for m in pkgutil.iter_modules(sources.__path__)}
+MADE = {name: module for name, module in _MODULES.items() if name != "base" and hasattr(module, "Source")}
 _WINDOW = 8  # shards within which a large table is shuffled
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line, one sub-command per source."""
     whole = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
-    sources = whole.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    commands = whole.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, module in {**MADE, "tars": tars}.items():
-        one = sources.add_parser(name, help=(module.__doc__ or "").split(".")[0], description=module.__doc__)
+        one = commands.add_parser(name, help=(module.__doc__ or "").split(".")[0], description=module.__doc__)
         one.add_argument("out", metavar="OUT", help="folder or URL of the data set")
         one.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
         one.add_argument(
