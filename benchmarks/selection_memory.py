@@ -73,7 +73,7 @@ class Run:
             batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
             features = self.embed(batch) if self.groups.selector.needs(step) | self.watch.needs(step) else None
             chosen, cosine = self.groups.select(batch, features, step)
-            self.watch.step(cosine, batch.valid, step + 1)
+            self.watch.step(cosine, batch, step + 1)
             self.step(batch.take(chosen.rows), chosen, step)
             self.scored += len(batch) * (features is not None)
             self.trained += len(chosen.rows)

@@ -103,7 +103,7 @@ class Trainer:
             taught = self.teachers(batch.take(chosen.rows, choice.features, chosen.padding))
             trained = self.engine.step(taught, chosen, p.step)
             choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
-            self.scoring.watch.step(choice.cosine, batch.valid, p.step + 1)
+            self.scoring.watch.step(choice.cosine, batch, p.step + 1)
         self.advance(batch, choice)
         self.record.step(p, batch, choice.selection, choice.cosine, trained, self.engine.rate(p.step - 1))
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from pipeline.record import plots
 from pipeline.record.plots import Plot, Series, finite
-from pipeline.record.runs import Run
+from pipeline.record.runs import Run, dig
 
 
 def warmup_plot(runs: Sequence[Run]) -> Plot | None:
-    """The spread by visit of the runs that watched it, warm-up's end marked; None where none did."""
-    watched = [run for run in runs if isinstance(run.watched.get("spread"), list) and run.watched["spread"]]
+    """The spread by visit of the runs whose warm-up it ended; None where none did."""
+    auto = [run for run in runs if dig(run.config, "selector.warmup_visits") == "auto"]
+    watched = [run for run in auto if isinstance(run.watched.get("spread"), list) and run.watched["spread"]]
     series = [
         Series(
             run.label, list(range(len(run.watched["spread"]))), finite(run.watched["spread"]), run.number, len(run.watched["spread"]) - 0.5

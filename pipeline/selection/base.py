@@ -41,7 +41,12 @@ class SelectorConfig(Component):
 
 
 class Selector(ABC):
-    """Protocol of a selector; its only state is the score table, so that rows of other ranks can compete with this one's (scope: global)."""
+    """Protocol of a selector; its only state is the score table, so that rows of other ranks can compete with this one's (scope: global).
+
+    A selector that `judges` is told once, at the end of warm-up and again after a resume, what all ranks' histories look like together.
+    """
+
+    judges = False
 
     def __init__(self, config: SelectorConfig, num_samples: int, warmup_steps: int, seed: int) -> None:
         self.config = config
@@ -60,6 +65,11 @@ class Selector(ABC):
     def in_warmup(self, step: int) -> bool:
         """Whether selection has not started yet."""
         return step < self.warmup_steps
+
+    def judge(self, skewness: float, kurtosis: float) -> str:
+        """Decides by the shape of the distribution of all histories: standardised third and fourth moment, 3 for a Gaussian; equal on
+        every rank. The decision in words."""
+        raise TypeError(f"{self.config.name}: judges is True, and there is no judge()")
 
     @abstractmethod
     def select(self, group: Candidates) -> Selection:

@@ -1,4 +1,4 @@
-"""`blend`: where it cuts, what it takes for clean, and that among the clean the change decides."""
+"""`blend`: whether there is a second class, where it cuts, what it takes for clean, and that among the clean the change decides."""
 
 import itertools
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pipeline.selection.blend import Config, log_clean, split
+from pipeline.selection.random import Config as RandomConfig
+from pipeline.selection.warmup import shape
 from pipeline.types import Candidates
 
 
@@ -65,3 +67,32 @@ def test_where_fewer_are_clean_than_are_kept_the_next_by_level_fill_up() -> None
 def test_without_weight_of_the_change_it_is_the_level_alone() -> None:
     before, now = [50.0, 52.0, 48.0, 51.0, 20.0, 22.0, 18.0, 21.0], [56.0, 45.0, 40.0, 50.0, 30.0, 12.0, 19.0, 22.0]
     assert after_warmup(before, now, keep=2, change=0.0) == [0, 3]
+
+
+def mixture(noisy: float, generator: torch.Generator, count: int = 4000) -> torch.Tensor:
+    """Scores of two classes of one width, 2.5 of their standard deviations apart."""
+    return torch.where(torch.rand(count, generator=generator) < noisy, 20.0, 35.0) + 6 * torch.randn(count, generator=generator)
+
+
+def judged(scores: torch.Tensor) -> bool:
+    powers = [(scores.double() ** power).sum().item() for power in range(1, 5)]
+    selector = Config(warmup_visits=1).build(num_samples=8, warmup_steps=1)
+    selector.judge(*shape(len(scores), powers))
+    return selector.one_class
+
+
+def test_two_classes_are_told_from_one_with_a_tail_of_hard_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert not any(judged(mixture(share, generator)) for share in (0.25, 0.4, 0.5, 0.6, 0.75, 0.9))
+    hard = 40 + 6 * torch.rand(4000, generator=generator).log()  # an exponential tail below a ceiling
+    assert judged(hard) and judged(mixture(0.05, generator))  # a few noisy pairs are a tail as well
+    assert not judged(torch.full((100,), 20.0))  # nothing is known
+
+
+def test_one_class_is_chosen_from_by_lot_without_scores() -> None:
+    selector, random = Config(warmup_visits=1).build(8, warmup_steps=1, seed=3), RandomConfig().build(8, seed=3)
+    assert selector.judges and not Config(classes="two").build(8).judges
+    assert "one class" in selector.judge(-0.6, 4.0)
+    assert selector.needs(0) == {"cosine"} and not selector.needs(1)
+    rows = [(one.select(Candidates(torch.arange(8), None, 4, step=step)).rows.tolist()) for one in (selector, random) for step in (1, 2, 3)]
+    assert rows[:3] == rows[3:] and len(set(map(tuple, rows))) > 1

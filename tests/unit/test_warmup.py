@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.distributed.comm import LocalComm
-from pipeline.selection import dissect
-from pipeline.selection.warmup import FILE, Watch, past_peak, visits_of
+from pipeline.selection import blend, dissect
+from pipeline.selection.warmup import FILE, Watch, past_peak, shape, visits_of
+from pipeline.types import Batch
 
 # standard deviation of the scores by visit, icons with 40 % of the captions swapped, ViT: the gap of the means is largest at visits 6 and 7
 ICONS = [2.49, 6.94, 9.17, 12.17, 14.22, 14.94, 15.90, 15.85, 15.04, 14.50, 13.65, 12.45]
@@ -32,10 +34,15 @@ def scores(spread: float) -> torch.Tensor:
     return 0.3 + spread / 100 * torch.tensor([-1.0, 1.0, -1.0, 1.0])
 
 
+def batch(valid: torch.Tensor) -> Batch:
+    slot = torch.arange(len(valid))
+    return Batch(slot, slot, torch.zeros_like(slot), valid, {})
+
+
 def follow(one: Watch, first: int, steps: int) -> None:
     for step in range(first, steps):
         valid = torch.tensor([True, True, True, True, False])
-        one.step(torch.cat([scores([5.0, 9.0, 6.0, 3.0][step // 2]), torch.tensor([0.9])]), valid, step + 1)
+        one.step(torch.cat([scores([5.0, 9.0, 6.0, 3.0][step // 2]), torch.tensor([0.9])]), batch(valid), step + 1)
 
 
 def test_warm_up_ends_at_the_end_of_a_visit_and_the_folder_says_so(tmp_path: Path) -> None:
@@ -90,3 +97,24 @@ def test_history_is_written_until_warm_up_ends_and_then_frozen(tmp_path: Path) -
             selector.warmup_steps = 3
         selector.select(Candidates(torch.arange(4), torch.full((4,), cosine), 2, step=step))
     assert selector.scores.score.tolist() == pytest.approx([30.0] * 4)
+
+
+def test_a_selector_that_judges_is_told_the_shape_of_all_histories_and_told_again_after_a_resume(tmp_path: Path) -> None:
+    def judging(warmup: int | str, latest: int, comm: object = None) -> Watch:
+        selector = blend.Config(warmup_visits=warmup).build(num_samples=8, warmup_steps=latest)
+        selector.scores.score[:] = torch.tensor([30.0, 31.0, 32.0, 20.0, 99.0, 0, 0, 0])
+        return Watch(selector, comm or LocalComm(), lambda visits: 2 * visits, tmp_path)
+
+    one, both, after = judging(2, 4), judging(2, 4, Half()), judging(2, 4)
+    for watched in (one, both):
+        follow(watched, 0, 4)
+        assert not watched.active and watched.selector.warmup_steps == 4 and len(watched.spread) == 2  # as long as it was told, peak or not
+    values = np.array([30.0, 31.0, 32.0, 20.0])  # of the row that is not valid nothing
+    z = (values - values.mean()) / values.std()
+    assert one.shape == pytest.approx((np.mean(z**3), np.mean(z**4))) and both.shape == pytest.approx(one.shape)
+    assert not one.selector.one_class and "two classes" in json.loads((tmp_path / FILE).read_text())["judged"]
+    one.shape = (-1.0, 5.0)
+    after.load_state_dict(json.loads(json.dumps(one.state_dict())), torch.device("cpu"))
+    assert after.selector.one_class and not after.active
+    assert not judging(0, 0).active and shape(3, [3.0, 3.0, 3.0, 3.0]) == (0.0, 3.0)
+    assert not Watch(blend.Config(classes="two", warmup_visits=2).build(8, 4), LocalComm(), lambda visits: visits, tmp_path).active
