@@ -98,6 +98,12 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _one_way_to_skip(self) -> "RunConfig":
+        if self.data.skip and self.scoring.every > 1:
+            raise ValueError("scoring.every counts visits that are the same on every rank, with data.skip they are not; use one of them")
+        return self
+
+    @model_validator(mode="after")
     def _known_towers(self) -> "RunConfig":
         for name in self.init_from.towers if self.init_from else ():
             if name.split(".")[0] not in self.towers:

@@ -118,6 +118,8 @@ class Trainer:
     def advance(self, batch: Batch, choice: Choice) -> None:
         """Counts one step."""
         p, size = self.progress, self.engine.comm.size
+        if not self.selector.selector.in_warmup(p.step):
+            self.data.note(batch, choice.selection)
         p.step += 1
         p.offered += len(batch) * size
         p.scored += choice.scored * size
@@ -125,7 +127,7 @@ class Trainer:
         trained = round(rows / choice.selection.scale)
         p.trained += trained
         p.padded += rows - trained
-        p.visit = p.offered / self.data.lanes.layout.num_samples
+        p.visit = self.data.visit
 
     def save(self) -> None:
         """Begins a checkpoint, when the one before is whole; collective. Raises CheckpointError, for the one before too.
@@ -150,7 +152,8 @@ class Trainer:
 
     def files(self, host: Host) -> Files:
         """What this rank saves. Collective in ZeRO 3."""
-        return self.engine.files(host) | checkpoint.lanes_file(self.data.lanes, self.scoring.state_dict(), host)
+        columns = self.scoring.state_dict() | self.data.columns()
+        return self.engine.files(host) | checkpoint.lanes_file(self.data.lanes, columns, host)
 
     def settle(self) -> None:
         """Waits for the checkpoint that is being written, if one is, and counts what it took. Collective."""
@@ -164,8 +167,9 @@ class Trainer:
         if found is not None:
             folder, state = found
             self.engine.load(folder)
-            self.scoring.load_state_dict(checkpoint.read_lanes(folder, self.data.lanes))
-            self.data.load_state_dict(state["data"])
+            columns = checkpoint.read_lanes(folder, self.data.lanes)
+            self.data.load_state_dict(state["data"], columns)
+            self.scoring.load_state_dict(columns)
             if "warmup" in state:
                 self.scoring.watch.load_state_dict(state["warmup"], self.engine.device)
             self.progress = Progress(**state["progress"])

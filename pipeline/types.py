@@ -21,6 +21,7 @@ class Batch:
     teacher: dict[str, Tensor] = field(default_factory=dict)  # filled by teachers; empty in stage 1
     unselected: dict[str, Tensor] | None = None  # after take(): detached scoring embeddings of the rows left out
     bad: tuple[tuple[int, str], ...] = ()  # (sample id, cause) of the rows that are not valid; for the record only
+    skipped: int = 0  # samples passed over on the way to these rows (data.skip); for the record only
 
     def __len__(self) -> int:
         return self.sample.shape[0]

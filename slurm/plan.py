@@ -184,6 +184,8 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     yield f"lane order   {gb(host)} of host memory a rank ({LANE_BYTES} bytes a sample)" + (
         f"; built: {gb(built)}" if built is not None else ""
     )
+    if skip := config.data.skip:
+        yield f"skip         {2 * device // TABLE_BYTES / 1e6:.2f} MB a rank, half of it on the device; at most {skip.share:.0%} of a lane's samples at a visit"
     model = measure(config)
     yield f"model        {model.parameters / 1e6:.1f} M parameters, {model.flops / 1e9:.2f} GFLOP for a forward of one sample"
     yield "memory       of a rank for weights, gradients and Adam in float32; activations, autocast copies and buffers come on top"

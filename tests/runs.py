@@ -30,6 +30,7 @@ PRELOADED = """
     pipeline.evaluation.evaluate pipeline.objectives.clip pipeline.run pipeline.selection.dissect pipeline.towers.linear
 """
 SAVES = ("visits=12", "checkpoint.every=2", "towers.student.dropout=0.2")  # 37 steps; about half of the time goes into saving
+SKIPS = ("data.skip={share: 0.5, after_visits: 1, rescore_visits: 4, lookahead: 5}", "visits=12")  # half of a lane's 50 samples at most
 PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
 
 
@@ -154,6 +155,12 @@ def losses(folder: Path) -> list[tuple]:
     """(step, loss, gradient norm) of every line of metrics.jsonl that is a training step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def skipped(folder: Path) -> float:
+    """The largest share of candidates that were skipped between two lines of metrics.jsonl."""
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return max(line.get("skipped_share", 0.0) for line in lines)
 
 
 def selection_log(folder: Path) -> pa.Table:

@@ -86,7 +86,7 @@ class Fetch(Dataset):
             fields["label"] = fields["label"].masked_fill(~shown, -1)
         given = {f"{name}.{key}": value for name, read in self.teachers.items() for key, value in read(rows.sample).items()}
         columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
-        return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad))
+        return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad), skipped=rows.skipped)
 
     def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
         members = self.sources.members(sample)

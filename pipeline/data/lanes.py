@@ -36,6 +36,7 @@ class Rows(NamedTuple):
     sample: np.ndarray  # int64 [b], global sample id (sources one after the other)
     slot: np.ndarray  # int64 [b], row in the rank's score table
     visit: np.ndarray  # int64 [b]
+    skipped: int = 0  # samples that the lanes passed over on their way to these (data.skip)
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,14 @@ class RankLanes:
             wanted = np.where(visit[:, 0] % 2 == parity, visit[:, 0], visit[:, -1])
             stale = (wanted % 2 == parity) & (self._loaded[parity] != wanted)
             for i in np.flatnonzero(stale):
-                self._order[parity, self.start[i] : self.start[i + 1]] = self._visit_order(i, int(wanted[i]))
+                self._order[parity, self.start[i] : self.start[i + 1]] = self.visit_order(i, int(wanted[i]))
                 self._loaded[parity, i] = wanted[i]
         place = self._order[visit % 2, self.start[:-1, None] + offset]
         slot = (self.start[:-1, None] + place).ravel()
         return Rows(self.ids[slot], slot, visit.ravel())
 
-    def _visit_order(self, i: int, visit: int) -> np.ndarray:
-        """The order of one visit: the lane's shards permuted, then its samples shuffled inside windows of `window` shards."""
+    def visit_order(self, i: int, visit: int) -> np.ndarray:
+        """The places int64 of lane i in the order of one visit: the lane's shards permuted, then its samples shuffled inside windows of `window` shards."""
         lane, starts, size = int(self.lanes[i]), self._pieces[i], int(self.size[i])
         rank_of_piece = np.empty(len(starts), np.int64)
         rank_of_piece[np.argsort(hash_ids(self.layout.seed, lane, visit, -1, np.arange(len(starts))), kind="stable")] = np.arange(

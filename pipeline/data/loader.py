@@ -9,14 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.data.errors import DataError
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Layout, RankLanes, Rows
+from pipeline.data.skip import Walk
 from pipeline.data.sources import DataConfig
-from pipeline.distributed.comm import Comm, add_up
-from pipeline.types import Batch
+from pipeline.distributed.comm import Comm, LocalComm, add_up
+from pipeline.types import Batch, Selection
 
 CAP_AFTER = 1000  # samples; before that one bad sample would already be past a small cap
 
@@ -63,7 +65,7 @@ def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: b
 
 
 class DataModule:
-    """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic."""
+    """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic, and with data.skip a walk."""
 
     def __init__(
         self, config: DataConfig, layout: Layout, rank: int, world_size: int, fetch: Fetch, steps: int, device: torch.device
@@ -71,6 +73,8 @@ class DataModule:
         self.config, self.fetch, self.steps, self.device = config, fetch, steps, device
         self.lanes = RankLanes(layout, rank, world_size)
         self.world_size = world_size
+        self.walk = Walk(self.lanes, config.skip, device) if config.skip else None
+        self.passed = 0  # samples of this rank's lanes that were offered or skipped, in all visits
         self.bad: Counter[str] = Counter()  # of this rank, since the start
         self.counted: Counter[str] = Counter()  # of all ranks, up to the newest checkpoint
         self.trouble: DataError | None = None  # with several ranks: why this one cannot go on
@@ -84,10 +88,24 @@ class DataModule:
         """Rows of one rank, up to and with the batch last returned."""
         return self.step * self.lanes.layout.batch // self.world_size
 
+    @property
+    def visit(self) -> float:
+        """How often a sample was offered or skipped, on average; with data.skip of this rank's samples."""
+        plan = self.lanes.layout
+        return self.passed / self.lanes.num_samples if self.walk else self.step * plan.batch / plan.num_samples
+
+    def note(self, batch: Batch, selection: Selection) -> None:
+        """Takes notice of a choice that the selector made; nothing to do without data.skip."""
+        if self.walk:
+            self.walk.note(batch, selection)
+
     def start(self) -> None:
         """Begins to read, unless that was done."""
         if self._iterator is None:
-            requests = _Requests(self.lanes, self.step, self.steps)
+            requests: Any = _Requests(self.lanes, self.step, self.steps)
+            if self.walk:
+                self.passed = self.walk.begin()
+                requests = (self.walk.next() for _ in range(self.step, self.steps))
             self._iterator = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
             self._ahead = self._advance(None)
 
@@ -101,8 +119,11 @@ class DataModule:
         batch = self._ahead
         if batch is None:
             raise self.trouble or StopIteration(f"the data module was made for {self.steps} steps")
+        if self.walk:
+            self.walk.advance()
         self._ahead = self._advance(batch)
         self.step += 1
+        self.passed += len(batch) + batch.skipped
         self._count(batch)
         return batch
 
@@ -114,7 +135,7 @@ class DataModule:
                 return batch.to(self.device) if batch is not None else None
             except DataError as error:
                 self._fail(error)
-        return None if shape is None else replace(shape, valid=torch.zeros_like(shape.valid), bad=())
+        return None if shape is None else replace(shape, valid=torch.zeros_like(shape.valid), bad=(), skipped=0)
 
     def _fail(self, error: DataError) -> None:
         if self.world_size == 1:
@@ -136,10 +157,17 @@ class DataModule:
     def state_dict(self, comm: Comm | None = None) -> dict[str, Any]:
         """The step after the batch last returned, and how many rows of all ranks were offered, and were bad, by cause. Collective where `comm` is given."""
         self.counted = self._before + (self.bad if comm is None else add_up(self.bad, comm, self.device))
-        return {"step": self.step, "offered": self.step * self.lanes.layout.batch, "bad": dict(self.counted)}
+        walk = {"walk": self.walk.state(comm or LocalComm())} if self.walk else {}
+        return {"step": self.step, "offered": self.step * self.lanes.layout.batch, "bad": dict(self.counted)} | walk
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at `state["step"]`; the cost does not depend on how far that is."""
+    def columns(self) -> dict[str, Tensor]:
+        """What is saved of each of this rank's samples, beside its scores; [N] each."""
+        return self.walk.columns() if self.walk else {}
+
+    def load_state_dict(self, state: dict[str, Any], columns: dict[str, Tensor] | None = None) -> None:
+        """Continues at `state["step"]`; the cost does not depend on how far that is. Takes its own out of the `columns` that were saved."""
+        if self.walk:
+            self.walk.load(state["walk"], {name: columns.pop(name) for name in self.columns()})
         self.step, self.bad, self.trouble = state["step"], Counter(), None
         self._before = self.counted = Counter(state["bad"])
         self._iterator = self._ahead = None

@@ -191,7 +191,7 @@ def _differences(was: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def lanes_file(lanes: RankLanes, table: dict[str, torch.Tensor], host: Host) -> Files:
-    """This rank's score table, one row group a lane; the ids are implied by the lanes' order."""
+    """This rank's score table, and what else is kept of each sample, one row group a lane; the ids are implied by the lanes' order."""
     columns = {name: host.take(f"lanes|{name}", tensor) for name, tensor in table.items()}
 
     def write(path: Path) -> None:

@@ -56,7 +56,7 @@ class Record:
         self.trace = Trace(config.profile, folder)
         self.flops: tuple[float, float, float] | None = None  # of Scoring.cost; set by the trainer's first step
         self._log = _SelectionLog(folder / "selection", comm.rank, config.selection_samples / num_samples, seed)
-        self._bad = 0  # samples of this rank that could not be decoded, since the last log step
+        self._bad = self._skipped = 0  # samples of this rank that could not be decoded, or were passed over, since the last log step
         self._pending: list[tuple[int, Tensor, Trained]] = []
         self._also: dict[str, float] = {}
         self._since: tuple[float, ...] = ()
@@ -87,6 +87,7 @@ class Record:
         self._log.note(progress.step - 1, batch, chosen, cosine)
         self._pending.append((progress.step - 1, batch.sample[chosen.rows], trained))
         self._bad += len(batch.bad)
+        self._skipped += batch.skipped
         if self._bar is not None:
             self._bar.update(1)
         if progress.step % self.config.log_every == 0 or progress.step == self.steps:
@@ -96,17 +97,19 @@ class Record:
         self.check_finite()
         last = self._pending[-1][2]
         names = ["loss", *last.terms]
-        mine = [last.loss, *(last.terms[name] for name in names[1:]), last.loss.new_tensor(self._bad)]
-        *shares, bad = (self.comm.sum(torch.stack(mine).float()) / self.comm.size).tolist()
+        mine = [last.loss, *(last.terms[name] for name in names[1:]), last.loss.new_tensor(self._bad), last.loss.new_tensor(self._skipped)]
+        *shares, bad, skipped = (self.comm.sum(torch.stack(mine).float()) / self.comm.size).tolist()
         values = dict(zip(names, shares)) | {"grad_norm": last.grad_norm.item(), "lr": lr}
         del self._pending[:-1]  # the last one stays: what it did to the weights is looked at when they are saved
         now = _now(progress)
         seconds, waited, offered, trained, padded, scored, steps = (after - before for after, before in zip(now, self._since))
-        self._since, self._bad, rate = now, 0, offered / seconds
+        skipped *= self.comm.size
+        self._since, self._bad, self._skipped, rate = now, 0, 0, (offered + skipped) / seconds
         values |= {
             "candidates_per_second": rate,
             "trained_per_second": trained / seconds,
             "kept_share": trained / offered,
+            "skipped_share": skipped / (offered + skipped),
             "padded_share": padded / (trained + padded),
             "bad_share": bad * self.comm.size / offered,  # of all ranks
             "data_wait_share": waited / seconds,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
+from tests.runs import SAVES, SKIPS, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, skipped, wait_for
 
 
 def steps_done(run: Path) -> int:
@@ -92,6 +92,18 @@ def test_a_run_killed_twenty_times_ends_like_an_uninterrupted_one(
         print(f"\n{workers} workers: {hit}")
     assert hit["kills"] == 20 and hit["saving"] >= 2
     assert_same_end(run, tmp_path / "expected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_that_skips_ends_like_an_uninterrupted_one(
+    launcher: Launcher, icons_small: Path, tmp_path: Path, workers: int
+) -> None:
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    launcher.run(arguments(icons_small, expected, *SAVES, *SKIPS, "data.workers=0"))
+    hit = killed_run(launcher, arguments(icons_small, run, *SAVES, *SKIPS, f"data.workers={workers}"), run, 5, seed=200 + workers)
+    assert hit["resumed"] >= 1 and skipped(run) > 0.4
+    compare(run, expected)
 
 
 def test_a_signal_to_stop_saves_the_step_and_the_same_command_goes_on(

@@ -19,7 +19,7 @@ from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
-from tests.runs import DEBUG, Launcher, arguments, columns, command_line, last_checkpoint, losses, selection_log, wait_for
+from tests.runs import DEBUG, SKIPS, Launcher, arguments, columns, command_line, last_checkpoint, losses, selection_log, skipped, wait_for
 
 
 def free_port() -> int:
@@ -123,6 +123,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(
         assert_same_choices(trained, tmp_path / name)
         assert len(list(last_checkpoint(tmp_path / name).glob("lanes-*"))) == files
         assert len(selection_log(tmp_path / name)) == 18 * 64  # no step is logged twice
+
+
+@pytest.mark.slow
+def test_a_run_that_skips_is_the_same_on_two_ranks_and_goes_on_with_one(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
+    launcher.run(arguments(icons_small, tmp_path / "one", *SKIPS))
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "two", *SKIPS), free_port()):
+        child.finish()
+    assert skipped(tmp_path / "one") > 0.4
+    for source, name in (("two", "two then one"), ("one", "one then two")):
+        shutil.copytree(tmp_path / source, tmp_path / name)
+        shutil.rmtree(last_checkpoint(tmp_path / name))
+    launcher.run(arguments(icons_small, tmp_path / "two then one", *SKIPS))
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "one then two", *SKIPS), free_port()):
+        child.finish()
+    for name in ("two", "two then one", "one then two"):
+        assert_same_choices(tmp_path / "one", tmp_path / name)
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
