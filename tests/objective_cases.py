@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "logit_kd": {"logits": {}, "hot": {"temperature": 1.0, "present": "aux.present"}},
     "relational_kd": {"distance": {"angle_weight": 0.0}, "angle": {"distance_weight": 0.0}, "present": {"present": "aux.present"}},
     "affinity": {"plain": {}, "present": {"present": "aux.present", "temperature": 2.0}},
+    "pair_nce": {"both views": {}, "one view": {"alpha": None}, "blocked": {"impl": "blocked", "alpha": 1.0}},
     "cross_entropy": {"logits": {}, "head": {"feature": "embedding", "width": WIDTH, "classes": CLASSES, "smoothing": 0.1}},
 }
 
