@@ -37,7 +37,8 @@ class InitFrom(Strict):
         run = View(self.run).folder
         for to, origin in self.towers.items():
             source = tower_of(run, origin.split(".")[0], f"init_from.towers.{to}")
-            for mine, theirs in zip(here[to.split(".")[0]].files(), source.files()):
+            name, _, part = to.partition(".")
+            for mine, theirs in zip(here[name].files_of(part), source.files()):
                 if not (run / theirs).is_file():
                     raise ConfigError(f"init_from: {self.run}: has no {theirs}, the tokenizer of {origin}; restore it")
                 shutil.copyfile(run / theirs, folder / mine)

@@ -39,6 +39,10 @@ class TowerConfig(Component):
         """What `prepare` leaves in the run folder and its weights cannot do without (a tokenizer)."""
         return ()
 
+    def files_of(self, part: str) -> tuple[str, ...]:
+        """Those of `files` that belong to a part of its weights, by the part's name; "" is the whole tower."""
+        return self.files()
+
     def build(self, folder: Path) -> "Tower":
         """The tower with its initial weights, in float32 on the CPU."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")

@@ -100,7 +100,8 @@ class Config(TowerConfig):
     def files(self) -> tuple[str, ...]:
         return ("tokenizer.json",) if self.tokenizer.kind == "bpe" else ()
 
-    def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
+    def image_decoder(self, train: bool) -> ImageDecoder:
+        """How its images are made, for a tower that has nothing else of this model as well."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         preprocess = PreprocessCfg(**self.preprocess_config())
@@ -109,7 +110,14 @@ class Config(TowerConfig):
         augmentation = None
         if train and self.augmentation is not None:
             augmentation = _pixels_only(image_transform_v2(preprocess, is_train=True, aug_cfg=self.augmentation))
-        return {"image": ImageDecoder(size, transform, augmentation), "text": TextDecoder(self._tokenizer(folder))}
+        return ImageDecoder(size, transform, augmentation)
+
+    def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
+        return {"image": self.image_decoder(train), "text": TextDecoder(self._tokenizer(folder))}
+
+    def build_visual(self) -> torch.nn.Module:
+        """The image tower alone, with its initial weights; needs no tokenizer."""
+        return self.model_copy(update={"tokenizer": TokenizerConfig()}).build(Path()).model.visual
 
     def build(self, folder: Path) -> "OpenClip":
         import open_clip

@@ -18,7 +18,8 @@ class Holder(Strict):
     tower: component("pipeline.towers", TowerConfig)
 
 
-PAIRS = sorted(set(names_in("pipeline.towers")) - {"audio", "fusion", "image", "text"})  # those: tests/unit/test_towers_multimodal.py
+OTHERS = {"audio", "fusion", "image", "text"} | {"mlrm"}  # those: tests/unit/test_towers_multimodal.py, test_mlrm.py
+PAIRS = sorted(set(names_in("pipeline.towers")) - OTHERS)
 
 
 @pytest.fixture(params=PAIRS)
