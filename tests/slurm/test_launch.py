@@ -116,10 +116,29 @@ def test_a_dry_run_for_256_ranks_needs_no_data(tmp_path: Path, capsys: pytest.Ca
         "10,240 candidates, 40 a rank; 256 groups of 40, 1 a rank",
         "5,120 of them, 20 a rank",
         "149.6 M parameters, 41.09 GFLOP",
-        "assuming   989 TFLOP/s a device at 35%",
+        "assuming   989 TFLOP/s a device at 35%; 1.00 forwards to score a candidate",
+        "(1.00 in warm-up, by scoring.* in FLOP",
     ):
         assert words in said
     assert not out.exists()
+
+
+def test_the_forecast_knows_what_is_scored() -> None:
+    def cost(*overrides: str, warmup: bool = False) -> tuple[float, int]:
+        config = load(RunConfig, BIG, list(overrides))
+        return plan.step_cost(config, plan.Model(1, 100.0, 40.0), 64, 32, warmup)
+
+    assert cost() == (0.4, 32) and cost(warmup=True) == (0.4, 64)
+    assert cost("scoring.every=4") == (0.1, 32) and cost("scoring.every=4", warmup=True) == (0.4, 64)
+    assert cost("scoring.reuse=true", warmup=True) == (0.0, 64) and cost("scoring.reuse=true") == (0.4, 32)
+    assert cost("selector={name: random, rate: 0.5}") == (0.0, 32)
+    assert cost("selector={name: random, rate: 0.5, warmup_visits: auto}", warmup=True) == (0.4, 64)
+    assert cost("selector={name: random, rate: 0.5}", "objectives.clip.negatives=all") == (0.4, 32)
+
+
+def test_the_forecast_counts_the_scoring_passes_own_view() -> None:
+    plain, small = (plan.measure(load(RunConfig, BIG, given)) for given in ([], ["scoring.image_size=112", "scoring.patches=0.5"]))
+    assert plain.scoring == plain.flops == small.flops and 0.1 < small.scoring / small.flops < 0.4
 
 
 def test_zero_divides_what_it_says() -> None:
