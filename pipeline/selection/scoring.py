@@ -61,7 +61,7 @@ class Choice(NamedTuple):
     """What is trained at a step, and what is known of the candidates."""
 
     selection: Selection
-    cosine: Tensor | None = None  # float32 [b]; None: nothing was scored
+    cosine: Tensor | None = None  # float32 [b], NaN where a last score stands in; None: nothing was scored
     features: dict[str, Tensor] | None = None  # of all b rows, for what wants the embeddings of rejected rows
     scored: int = 0  # rows of this rank that were embedded
     late: bool = False  # the table is still to be told, from the training forward
@@ -115,9 +115,7 @@ class Scoring:
     def choose(self, batch: Batch, step: int) -> Choice:
         """The rows to train. Collective in ZeRO stage 3, with the same number of rows embedded on every rank."""
         selector = self.groups.selector
-        needs, all_rows = selector.needs(step) | (self.watch.needs(step) if self.watch else frozenset()), selector.trains_all(step)
-        if step in self.first_scores:
-            needs |= {"cosine"}
+        needs, all_rows = self.needs(step), selector.trains_all(step)
         if self.config.reuse and all_rows and needs == {"cosine"}:
             return Choice(Selection(torch.arange(len(batch), device=batch.slot.device)), late=True)
         wanted = self.negatives and not all_rows
@@ -130,6 +128,11 @@ class Scoring:
             self._remember(batch.slot, cosine, batch.valid)
             return Choice(selection, cosine, features if wanted else None, len(batch))
         return self._in_part(batch, torch.from_numpy(rows).to(batch.slot.device, non_blocking=True), padding, step, wanted)
+
+    def needs(self, step: int) -> frozenset[str]:
+        """What has to be known of the candidates at a step, whoever asks."""
+        needs = self.groups.selector.needs(step) | (self.watch.needs(step) if self.watch else frozenset())
+        return needs | {"cosine"} if step in self.first_scores else needs
 
     def _first_scores(self, selector: Selector) -> range:
         """The steps at which everything is scored since warm-up scored nothing that could stand in: from where the first lane has
@@ -174,7 +177,8 @@ class Scoring:
         selection, _ = self.groups.select(batch, {"cosine": known}, step)
         for name, value in before.items():
             table[name].index_copy_(0, slots, value)
-        return Choice(selection, known, embedded, len(rows) + padding)
+        seen = torch.full_like(known, torch.nan).index_copy(0, rows, known[rows])
+        return Choice(selection, seen, embedded, len(rows) + padding)
 
     def learn(self, batch: Batch, choice: Choice, trained: Tensor | None, step: int) -> Choice:
         """After the training step: its cosines [k] are scores too, where `reuse` says so. The choice, with what is now known of it."""
@@ -232,13 +236,15 @@ class Scoring:
         read = bool(selector.needs(selector.warmup_steps)) or self.negatives
         share = read * scoring / forward / faster / every
         rate = 1.0 if selector.trains_all(selector.warmup_steps) else self.groups.keep / self.groups.size
-        warm = 0.0 if not selector.needs(0) or (self.config.reuse and selector.trains_all(0)) else scoring / forward / faster
+        needs, all_rows = self.needs(0), selector.trains_all(0)
+        free = not (needs or (self.negatives and not all_rows)) or (self.config.reuse and all_rows and needs == {"cosine"})
+        warm = 0.0 if free else scoring / forward / faster
         return (
             f"scoring: a sample's scoring forward is {scoring / forward:.2f} of its training forward in FLOP"
             + (f", {scoring / forward / faster:.2f} in time at {faster:.2f} times the rate" if faster != 1 else "")
             + (f", every {every} visits" if every > 1 else "")
             + f"; a step is {(share + 3 * rate) / 3:.2f} of full training's (scoring {share / 3:.2f} + rate {rate:.2f})"
-            + (f", in warm-up {(warm + 3 * (1.0 if selector.trains_all(0) else rate)) / 3:.2f}" if selector.in_warmup(0) else "")
+            + (f", in warm-up {(warm + 3 * (1.0 if all_rows else rate)) / 3:.2f}" if selector.in_warmup(0) else "")
         )
 
     def state_dict(self) -> dict[str, Tensor]:

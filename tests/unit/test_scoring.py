@@ -14,6 +14,8 @@ from benchmarks.loops import PublishedLoop
 from pipeline import kernels
 from pipeline.config import ConfigError, dump, load, parse
 from pipeline.data.lanes import RankLanes, SourceShape, layout
+from pipeline.data.sources import Sources
+from pipeline.evaluation.curate import judge
 from pipeline.run import RunConfig, build
 from pipeline.selection.scoring import Scoring, ScoringConfig
 from pipeline.trainer import Trainer
@@ -40,6 +42,10 @@ def start(icons_small: Path, tmp_path: Path) -> Callable[..., Trainer]:
         return trainer
 
     return make
+
+
+def trainer_config(trainer: Trainer) -> RunConfig:
+    return load(RunConfig, trainer.folder / "resolved.yaml")
 
 
 def log_of(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -145,15 +151,10 @@ def test_a_last_score_stands_in_and_is_not_recorded_as_a_visit(start) -> None:
     log, plan = log_of(trainer), trainer.data.lanes.layout
     warm = plan.steps_for(2)
     assert warm * 64 < trainer.progress.scored < 0.7 * trainer.progress.offered
-    changed, steps = [], []
-    for sample in np.unique(log["sample"]):
-        mine = log["sample"] == sample
-        scores, at = log["score"][mine], log["step"][mine]
-        later = at >= warm
-        changed.append(np.diff(scores) != 0)
-        steps.append(later[1:])
-    changed, later = np.concatenate(changed), np.concatenate(steps)
-    assert changed[~later].mean() > 0.95 and 0.4 < changed[later].mean() < 0.6
+    scored, later = np.isfinite(log["score"]), log["step"] >= warm
+    assert scored[~later].all() and 0.4 < scored[later].mean() < 0.6 and np.isfinite(log["ranked_by"][later]).all()
+    found = judge(trainer.folder, Sources.open(trainer_config(trainer).data))
+    assert np.array_equal(found.visits[trainer.data.lanes.ids], trainer.scoring.state_dict()["visits"].numpy())
     full = start("visits=8", out="full")
     assert full.fit()
     visits = [t.scoring.state_dict()["visits"].float().mean().item() for t in (trainer, full)]
@@ -167,11 +168,11 @@ def test_a_warm_up_that_scores_nothing_is_followed_by_a_visit_that_scores_all(st
     log, plan, first = log_of(trainer), trainer.data.lanes.layout, trainer.scoring.first_scores
     warm, later = plan.steps_for(2), plan.steps_for(3)
     assert warm - 1 <= first.start <= warm < later == first.stop
-    assert np.isnan(log["score"][log["step"] < first.start]).all() and not np.isnan(log["score"][log["step"] >= first.start]).any()
+    assert np.isnan(log["score"][log["step"] < first.start]).all() and not np.isnan(log["score"][np.isin(log["step"], first)]).any()
     assert len(first) * 64 < trainer.progress.scored < (len(first) + 0.7 * (trainer.steps - later)) * 64
     for step in range(warm, trainer.steps):  # the better half of each group, not the lanes that happened to be scored
         for group in np.split(np.flatnonzero(log["step"] == step), 2):
-            kept, scores = log["kept"][group], log["score"][group]
+            kept, scores = log["kept"][group], log["ranked_by"][group]
             assert kept.sum() == 16 and scores[kept].min() >= scores[~kept].max()
     reused = start("scoring.every=2", "scoring.reuse=true", "selector={name: clip_score, rate: 0.5, warmup_visits: 2}", out="reused")
     assert not reused.scoring.first_scores, "training forwards were scores already"
@@ -264,3 +265,9 @@ def test_the_cost_model_is_printed_at_the_first_step(start, capsys: pytest.Captu
     step, share = float(said.split("a step is ")[1].split()[0]), float(said.split("(scoring ")[1].split()[0])
     assert share == pytest.approx(forward / 6, abs=0.011) and step == pytest.approx(share + 0.5, abs=0.011)
     assert f"in warm-up {1 + forward / 3:.2f}" in said
+
+
+def test_the_cost_model_counts_scores_that_only_the_automatic_warm_up_wants(start, capsys: pytest.CaptureFixture) -> None:
+    assert start("selector={name: random, rate: 0.5, warmup_visits: auto}", "steps=4", "visits=null").fit()
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring: "))
+    assert "in warm-up 1.33" in said and "(scoring 0.00 + rate 0.50)" in said
