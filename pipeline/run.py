@@ -254,7 +254,7 @@ class TrainedRun:
 
 def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, engine: Engine, steps: int, warmup: int) -> None:
     """Writes resolved.yaml and facts.json before the first step, and prints what is about to happen."""
-    (folder / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    checkpoint.write_durably(folder / "resolved.yaml", to_yaml(config))  # a run that is started again may be killed here
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.raw.parameters())
     facts = {
         "device": describe_device(engine.device),
@@ -269,7 +269,7 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
         "torch": torch.__version__,
         "commit": commit(folder),
     }
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    checkpoint.write_durably(folder / "facts.json", json.dumps(facts, indent=1))
     size, keep = compete(config, plan)
     print(
         f"{folder}: {sources.num_samples} samples, {parameters / 1e6:.1f} M parameters on {facts['device']} x {engine.comm.size}; {steps} steps of "
