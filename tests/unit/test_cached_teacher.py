@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.config import ConfigError, dump, parse
 from pipeline.data.errors import DataError
@@ -16,6 +17,7 @@ from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.run import RunConfig
 from pipeline.teachers import cached
+from pipeline.towers import image
 from tests.distill import CLEAN, FOLLOW, config, gappy, live, refused, train
 from tests.runs import ROOT, losses
 from tools.cache_teacher import main as cache_teacher
@@ -144,7 +146,23 @@ def test_the_files_are_arrow_in_the_order_of_the_ids(digits: Path, colour: Path,
     assert np.array_equal(rows_of(path, digits)(asked)["embedding"].numpy(), whole[asked])
 
 
-def test_features_of_all_rows_and_values_that_do_not_fit(icons_small: Path, trained: Path, tmp_path: Path, capsys) -> None:
+def test_values_that_do_not_fit_are_refused_and_float32_holds_them(digits: Path, tmp_path: Path, capsys) -> None:
+    model = parse(image.Config, CLEAN, "test").build(tmp_path)
+    with torch.no_grad():
+        model.head.weight.mul_(1e7)
+    save_file(model.state_dict(), tmp_path / "loud.safetensors")
+    loud = {"colour": {"name": "live", "tower": CLEAN, "weights": str(tmp_path / "loud.safetensors")}}
+    given = config(digits, tmp_path / "run", objectives=FOLLOW, teachers=loud)
+    (tmp_path / "loud.yaml").write_text(json.dumps(dump(given)), encoding="utf-8")
+    assert cache_teacher([str(tmp_path / "loud.yaml"), str(tmp_path / "cache"), "--workers", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "logits: values of up to" in said and "do not fit float16" in said and "--dtype float32" in said
+    assert not list((tmp_path / "cache").glob("*.arrow"))
+    rows = rows_of(write(given, tmp_path / "wide", "--dtype", "float32"), digits)(np.array([0, 149]))
+    assert rows["logits"].abs().max() > 65504 and rows["logits"].isfinite().all()
+
+
+def test_features_of_all_rows_have_a_row_each(icons_small: Path, trained: Path, tmp_path: Path) -> None:
     assert cache_teacher([str(trained), str(tmp_path / "cache"), "--workers", "0", f"data.sources=[{{url: {icons_small}}}]"]) == 0
     rows = rows_of(tmp_path / "cache", icons_small)(np.array([3, 5]))
     assert rows["scale"].shape == (2, 1) and rows["image"].shape == rows["text"].shape and rows["image"].dtype == torch.float16
