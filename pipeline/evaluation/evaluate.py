@@ -155,7 +155,7 @@ def _text_batch(texts: list[str], decoders: dict[str, Decoder]) -> Batch:
     return Batch(ids, ids, ids, torch.ones(len(texts), dtype=torch.bool), {"text": decoders["text"].collate(texts)})
 
 
-def judge_selection(folder: Path, sources: Sources, urls: list[str], warmup_visits: int) -> dict | None:
+def judge_selection(folder: Path, sources: Sources, urls: list[str], warmup_visits: int | None) -> dict | None:
     """The selection log of a run against truth.parquet beside its shards; only evaluation ever opens that file."""
     log = read_log(folder / "selection")
     if log is None:

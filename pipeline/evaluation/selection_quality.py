@@ -1,5 +1,6 @@
 """What the selector did, read from its log, and how right it was where the truth about the pairs is known."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ LOG_SCHEMA = pa.schema(
         ("step", pa.int32()),
         ("visit", pa.int16()),
         ("sample", pa.int64()),
-        ("score", pa.float32()),  # 100 cos clamped at 0; NaN when not scored
+        ("score", pa.float32()),  # 100 cos clamped at 0; NaN when not scored at this visit
         ("ranked_by", pa.float32()),  # what the selector ranked by, larger is kept; NaN when nothing was ranked
         ("kept", pa.bool_()),
     ]
@@ -33,10 +34,10 @@ def read_log(folder: Path) -> pa.Table | None:
     return log.take(np.sort(newest[np.unique(key, return_index=True)[1]]))
 
 
-def selection_quality(log: pa.Table, truth: pa.Table | None, *, warmup_visits: int) -> dict:
+def selection_quality(log: pa.Table, truth: pa.Table | None, *, warmup_visits: int | None) -> dict:
     """Judges a selection log (`LOG_SCHEMA`) against `truth` (sample int64, noisy bool); without truth only what needs none is filled in.
 
-    Visits from `warmup_visits` on count as after warm-up. A visit is judged within itself, for scores drift between visits: `precision`
+    Visits from `warmup_visits` on count as after warm-up (None: it is not over, so none). A visit is judged within itself, for scores drift between visits: `precision`
     is the clean share of the kept rows, `chance` the clean share of all its rows, `auc` the chance that a clean row was ranked above a
     noisy one (ties half; rows without rank left out). Rows of samples that `truth` does not list are left out and counted.
 
@@ -62,9 +63,10 @@ def selection_quality(log: pa.Table, truth: pa.Table | None, *, warmup_visits: i
     for number, first, last in zip(numbers, bounds, bounds[1:]):
         part = {name: column[first:last] for name, column in columns.items()}
         visits.append(_visit(int(number), part, noisy[first:last], judged=truth is not None))
-    late = [visit for visit in visits if visit["visit"] >= warmup_visits]
+    over = math.inf if warmup_visits is None else warmup_visits
+    late = [visit for visit in visits if visit["visit"] >= over]
     gaps = [visit for visit in visits if visit["gap"] is not None]
-    after = columns["visit"] >= warmup_visits
+    after = columns["visit"] >= over
     result = {
         "warmup_visits": warmup_visits,
         "rows": len(noisy),

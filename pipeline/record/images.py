@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,14 +95,14 @@ def load_truth(urls: Sequence[str]) -> pa.Table | None:
 
 
 def contact_sheets(
-    log: pa.Table, truth: pa.Table | None, urls: Sequence[str], *, warmup_visits: int, count: int = 24
+    log: pa.Table, truth: pa.Table | None, urls: Sequence[str], *, warmup_visits: int | None, count: int = 24
 ) -> tuple[Sheet, Sheet] | None:
     """The pairs refused most often after warm-up and those kept most often, ties by mean rank (what the selector ranked by).
 
-    None when nothing was refused, or no visit came after warm-up. Raises DataError when the shards cannot be read.
+    None when nothing was refused, or no visit came after warm-up (`warmup_visits` None: it is not over). Raises DataError when the shards cannot be read.
     """
     visit, sample = log["visit"].to_numpy(), log["sample"].to_numpy()
-    late = visit >= warmup_visits
+    late = visit >= (math.inf if warmup_visits is None else warmup_visits)
     kept, ranked_by = log["kept"].to_numpy()[late], log["ranked_by"].to_numpy()[late]
     if not late.any() or kept.all():
         return None

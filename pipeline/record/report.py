@@ -80,7 +80,7 @@ def _series(runs: Sequence[Run], key: str) -> list[Series]:
     for run in runs:
         lines = [line for line in run.metrics if number(line.get(key)) is not None]
         if lines:
-            after = [line["step"] for line in lines if (number(line.get("visit")) or 0) >= run.warmup_visits]
+            after = [line["step"] for line in lines if (number(line.get("visit")) or 0) >= (run.warmup_visits or 0)]
             end = min(after) if run.warmup_visits and after else None
             series.append(Series(run.label, [line["step"] for line in lines], finite([line[key] for line in lines]), run.number, end))
     return series

@@ -41,12 +41,13 @@ class Run:
         return name if isinstance(name, str) else "unknown"
 
     @property
-    def warmup_visits(self) -> int:
+    def warmup_visits(self) -> int | None:
+        """None: an automatic warm-up that has not ended."""
         known = dig(self.quality or {}, "warmup_visits")
         if known is not None:
             return int(known)
         configured = dig(self.config, "selector.warmup_visits")
-        return int(dig(self.watched, "visits") or 0) if configured == "auto" else int(configured or 0)
+        return dig(self.watched, "visits") if configured == "auto" else int(configured or 0)
 
     @property
     def sources(self) -> list[str]:

@@ -229,7 +229,8 @@ def _selector(run: Run) -> str:
         parts.append(f"keeps {percent(settings['rate'], 0)}")
     if "warmup_visits" in settings:
         automatic = ", found automatically" if settings["warmup_visits"] == "auto" else ""
-        parts.append(f"after {run.warmup_visits if automatic else settings['warmup_visits']} visits of warm-up{automatic}")
+        visits = run.warmup_visits if automatic else settings["warmup_visits"]
+        parts.append("in warm-up, whose end is not found yet" if visits is None else f"after {visits} visits of warm-up{automatic}")
     return f"{run.selector}: {', '.join(parts)}" if parts else run.selector
 
 

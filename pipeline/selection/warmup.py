@@ -119,9 +119,9 @@ def past_peak(spread: list[float], count: float) -> bool:
     return clearly or twice
 
 
-def visits_of(folder: Path, configured: int | str | None) -> int:
-    """Visits of warm-up of a run: as configured, or as its Watch decided; 0 where it has not decided yet."""
+def visits_of(folder: Path, configured: int | str | None) -> int | None:
+    """Visits of warm-up of a run: as configured, or as its Watch decided; None where it has not decided yet, so that all was warm-up."""
     if configured != "auto":
         return configured or 0
     path = folder / FILE
-    return int(json.loads(path.read_text(encoding="utf-8"))["visits"]) if path.is_file() else 0
+    return int(json.loads(path.read_text(encoding="utf-8"))["visits"]) if path.is_file() else None

@@ -46,6 +46,12 @@ HAND = log_of(
 TRUTH = truth_of([False, False, True, True])
 
 
+def test_nothing_is_judged_of_a_warm_up_that_has_not_ended():
+    result = selection_quality(HAND, TRUTH, warmup_visits=None)
+    assert result["rows_after_warmup"] == 0 and result["precision"] is None and result["never_selected"]["all"] is None
+    assert len(result["visits"]) == 4 and result["warmup_visits"] is None
+
+
 def test_hand_computed_figures():
     result = selection_quality(HAND, TRUTH, warmup_visits=1)
     visits = result["visits"]

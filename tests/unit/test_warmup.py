@@ -1,7 +1,9 @@
 """The automatic warm-up: what it takes for the peak, that all ranks and a resumed run decide alike, and that a run ends it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def test_warm_up_ends_at_the_end_of_a_visit_and_the_folder_says_so(tmp_path: Pat
     assert one.spread == pytest.approx([5.0, 9.0, 6.0], abs=1e-4) and not one.active
     assert one.selector.warmup_steps == 6 and not one.needs(6) and one.selector.in_warmup(5) and not one.selector.in_warmup(6)
     assert json.loads((tmp_path / FILE).read_text())["visits"] == 3 and visits_of(tmp_path, "auto") == 3
-    assert visits_of(tmp_path / "none", "auto") == 0 and visits_of(tmp_path, 5) == 5
+    assert visits_of(tmp_path / "none", "auto") is None and visits_of(tmp_path, 5) == 5
 
 
 def test_it_ends_with_half_of_the_run_at_the_latest(tmp_path: Path) -> None:
@@ -72,20 +74,39 @@ def test_a_resumed_run_decides_as_if_it_had_not_stopped(tmp_path: Path, stop: in
     assert second.spread == pytest.approx(whole.spread) and second.selector.warmup_steps == whole.selector.warmup_steps == 6
 
 
-class Half(LocalComm):
-    """A rank of two that have the same rows; adds up without a second process."""
+class Beside(LocalComm):
+    """One rank of two, each in a thread of this process."""
 
     size = 2
 
+    def __init__(self, rank: int, said: dict[int, torch.Tensor], both: Barrier) -> None:
+        self.rank, self.said, self.both = rank, said, both
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
+        self.said[self.rank] = x
+        self.both.wait(10)
+        total = self.said[0] + self.said[1]
+        self.both.wait(10)
+        return total
 
 
 def test_ranks_decide_by_the_scores_of_all(tmp_path: Path) -> None:
-    one, other = watch(tmp_path), watch(tmp_path, comm=Half())
-    follow(one, 0, 8)
-    follow(other, 0, 8)
-    assert other.spread == pytest.approx(one.spread)
+    # the spread of the first rank's scores falls at once, that of the second's grows: together they peak at visit 1
+    spreads = {0: [9.0, 6.0, 1.0, 1.0], 1: [1.0, 10.0, 10.5, 11.0]}
+
+    def decide(one: Watch, *ranks: int) -> Watch:
+        for step in range(8):
+            rows = torch.cat([scores(spreads[rank][step // 2]) for rank in ranks])
+            one.step(rows, torch.ones(len(rows), dtype=torch.bool), step + 1)
+        return one
+
+    whole, alone = decide(watch(tmp_path), 0, 1), [decide(watch(tmp_path), rank) for rank in (0, 1)]
+    said, both = {}, Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda rank: decide(watch(tmp_path, comm=Beside(rank, said, both)), rank), (0, 1)))
+    assert whole.selector.warmup_steps == 8 and [one.selector.warmup_steps for one in alone] == [4, 100]
+    for one in found:
+        assert one.spread == pytest.approx(whole.spread) and one.selector.warmup_steps == 8
 
 
 def test_history_is_written_until_warm_up_ends_and_then_frozen(tmp_path: Path) -> None:
