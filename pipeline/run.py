@@ -1,7 +1,9 @@
 """RunConfig, the root of a configuration, and build(), the only place where parts are put together."""
 
 import json
+import math
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,10 +190,13 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     return trainer
 
 
-def compete(config: RunConfig, plan: Layout) -> tuple[int, int]:
-    """How many rows compete for how many places: those of a selection group, or of the whole batch (selector.scope). Raises ConfigError."""
-    plan = replace(plan, groups=1) if config.selector.scope == "global" else plan
-    return plan.batch // plan.groups, plan.keep(config.selector.rate)
+def compete(config: RunConfig, plan: Layout) -> tuple[int, Callable[[float], int]]:
+    """How many rows compete, those of a selection group or of the whole batch (selector.scope), and for how many places: a function of the
+    steps since warm-up. Raises ConfigError."""
+    plan, rate_at = replace(plan, groups=1) if config.selector.scope == "global" else plan, config.selector.rate_at
+    for visits in (0, math.inf):  # both ends of it are possible
+        plan.keep(rate_at(visits))
+    return plan.batch // plan.groups, lambda steps: plan.keep(rate_at(steps * plan.batch / plan.num_samples))
 
 
 def prepare(config: RunConfig, home: Home, sources: Sources) -> dict[str, Decoder]:
@@ -273,7 +278,8 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
     size, keep = compete(config, plan)
     print(
         f"{folder}: {sources.num_samples} samples, {parameters / 1e6:.1f} M parameters on {facts['device']} x {engine.comm.size}; {steps} steps of "
-        f"{plan.batch} candidates in {plan.batch // size} groups; {config.selector.name} keeps {keep} of {size} after step "
+        f"{plan.batch} candidates in {plan.batch // size} groups; {config.selector.name} keeps "
+        f"{' to '.join(str(kept) for kept in dict.fromkeys((keep(0), keep(math.inf))))} of {size} after step "
         + (f"{warmup} at the latest, when the spread of the scores has peaked" if config.selector.warmup_visits == "auto" else f"{warmup}"),
         flush=True,
     )

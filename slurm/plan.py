@@ -49,7 +49,8 @@ def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     data = config.data
     found = layout(shapes(config, samples), data.pool, data.lanes, data.groups, data.window, config.seed)
     found.check_world(world)
-    found.keep(config.selector.rate)
+    for visits in (0, math.inf):
+        found.keep(config.selector.rate_at(visits))
     return found
 
 
@@ -185,14 +186,14 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     world = cluster.world
     found = plan(config, world, samples)
     steps, batch = config.num_steps(found.num_samples), found.batch
-    keep = found.keep(config.selector.rate) * found.groups
+    keep, rate = found.keep(config.selector.rate_at(math.inf)) * found.groups, config.selector.rate_at(math.inf)
     warmup = config.selector.last_warmup_step(found.steps_for, steps)
     yield f"ranks        {world} = {cluster.nodes} nodes x {cluster.tasks_per_node}"
     yield f"samples      {found.num_samples:,} ({'given' if samples else 'by the index'}) in {len(found.sources)} source(s)"
     smallest, largest = int(found.size.min()), int(found.size.max())
     yield f"lanes        {found.lanes}, {found.lanes // world} a rank, {smallest:,} to {largest:,} samples each, {found.per_lane} of each in a batch"
     yield f"batch        {batch:,} candidates, {batch // world} a rank; {found.groups} groups of {batch // found.groups}, {found.groups // world} a rank"
-    yield f"trained      {keep:,} of them, {keep // world} a rank ({config.selector.name}, rate {config.selector.rate})"
+    yield f"trained      {keep:,} of them, {keep // world} a rank ({config.selector.name}, rate {rate}{' in the end' if rate != config.selector.rate else ''})"
     yield f"steps        {steps:,}, of which {warmup:,} gather history; each sample is offered {steps * batch / found.num_samples:.1f} times"
     device, host = table_bytes(found, world)
     built = built_bytes(found, world)

@@ -227,6 +227,9 @@ def _selector(run: Run) -> str:
     parts = [f"{settings['variant']} variant"] if "variant" in settings else []
     if number(settings.get("rate")) is not None and run.selector != "keep_all":
         parts.append(f"keeps {percent(settings['rate'], 0)}")
+    elif isinstance(settings.get("rate"), dict):
+        start, end, visits = (settings["rate"].get(key) for key in ("start", "end", "visits"))
+        parts.append(f"keeps {percent(start, 0)} to {percent(end, 0)} over {visits:g} visits")
     if "warmup_visits" in settings:
         automatic = ", found automatically" if settings["warmup_visits"] == "auto" else ""
         visits = run.warmup_visits if automatic else settings["warmup_visits"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config import Component
 from pipeline.hashing import hash_ids
 from pipeline.kernels.score import top_k
+from pipeline.selection.rate import Rate, RateSchedule
 from pipeline.selection.scores import ScoreTable
 from pipeline.types import Candidates, Selection
 
@@ -20,7 +21,9 @@ __all__ = ["Candidates", "Selection", "Selector", "SelectorConfig"]
 class SelectorConfig(Component):
     """Settings that every selector shares, so that methods can be compared after the same warm-up."""
 
-    rate: float = Field(0.5, gt=0, le=1, description="share of each selection group that is trained")
+    rate: Rate = Field(
+        0.5, description="share of each selection group that is trained; {start, end, visits}: changing over as many visits after warm-up"
+    )
     scope: Literal["group", "global"] = Field(
         "group",
         description="whose rows compete: those of a selection group (no collective), or of all ranks; data.groups then only limits world sizes",
@@ -30,6 +33,10 @@ class SelectorConfig(Component):
         description="visits of every sample before selection starts; auto: until the spread of the scores has peaked, at most half of the run",
     )
     warmup_data: Literal["all", "subset"] = Field("all", description="train on all rows in warm-up, or on a random subset at the same rate")
+
+    def rate_at(self, visits: float) -> float:
+        """The rate that many visits after warm-up; math.inf: the last one."""
+        return self.rate.at(visits) if isinstance(self.rate, RateSchedule) else self.rate
 
     def last_warmup_step(self, visit_ends: Callable[[int], int], steps: int) -> int:
         """The step at which warm-up is over, for auto at the latest; `visit_ends`: visits -> step, of a run of `steps`."""

@@ -3,6 +3,8 @@
 `scope: group` takes top-k inside each group and needs no other rank. `scope: global` takes it over the candidates of all ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,19 @@ from pipeline.types import Batch, Candidates, Selection
 
 
 class GroupSelector:
-    """`size` consecutive rows form a group, of which `keep` are trained. Equal for every world size that divides the groups."""
+    """`size` consecutive rows form a group, of which `keep` are trained: a number, or of the steps since warm-up a function that gives it.
+
+    Equal for every world size that divides the groups.
+    """
 
     comm: Comm = LocalComm()  # whose rows make a group: of this rank alone
 
-    def __init__(self, selector: Selector, size: int, keep: int) -> None:
-        self.selector, self.size, self.keep = selector, size, keep
+    def __init__(self, selector: Selector, size: int, keep: int | Callable[[float], int]) -> None:
+        self.selector, self.size, self._keep = selector, size, keep
+
+    def keep(self, step: float) -> int:
+        """Rows of a group that are trained at `step` where it selects; math.inf: in the end."""
+        return self._keep(max(0, step - self.selector.warmup_steps)) if callable(self._keep) else self._keep
 
     def select(self, batch: Batch, features: dict[str, Tensor] | None, step: int) -> tuple[Selection, Tensor | None]:
         """The rows of the batch to train, ascending, and the cosine float32 [b] they were judged by (None: no scoring pass was asked for)."""
@@ -37,7 +46,7 @@ class GroupSelector:
         return Candidates(
             slot=batch.slot[at],
             cosine=cosine[at] if cosine is not None else None,
-            keep=self.keep,
+            keep=self.keep(step),
             loss=_group_loss(features, batch.valid, at, self.comm) if "loss" in needs else None,
             sample=batch.sample[at],
             valid=batch.valid[at],
@@ -62,7 +71,7 @@ class GlobalSelector(GroupSelector):
     which `scope: group` does not have.
     """
 
-    def __init__(self, selector: Selector, size: int, keep: int, comm: Comm) -> None:
+    def __init__(self, selector: Selector, size: int, keep: int | Callable[[float], int], comm: Comm) -> None:
         super().__init__(selector, size, keep)
         self.comm = comm
 
@@ -83,7 +92,7 @@ class GlobalSelector(GroupSelector):
         self.selector.scores = everyones
         try:
             chosen = self.selector.select(
-                Candidates(slot=slot, keep=self.keep, step=step, **{"cosine": None} | {n: whole[n] for n in columns})
+                Candidates(slot=slot, keep=self.keep(step), step=step, **{"cosine": None} | {n: whole[n] for n in columns})
             )
         finally:
             self.selector.scores = table

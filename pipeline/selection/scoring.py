@@ -4,6 +4,7 @@ A full training step is 3 forwards a sample (one, and a backward of two). Select
 pass in forwards of a sample; all the options lower c. What each costs is counted on the first batch and printed.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -235,7 +236,7 @@ class Scoring:
         faster = 1.0 if self.dtype in (None, self.engine.config.dtype) else measured_peak(self.engine.device, self.dtype) / peak
         read = bool(selector.needs(selector.warmup_steps)) or self.negatives
         share = read * scoring / forward / faster / every
-        rate = 1.0 if selector.trains_all(selector.warmup_steps) else self.groups.keep / self.groups.size
+        rate = 1.0 if selector.trains_all(selector.warmup_steps) else self.groups.keep(math.inf) / self.groups.size
         needs, all_rows = self.needs(0), selector.trains_all(0)
         free = not (needs or (self.negatives and not all_rows)) or (self.config.reuse and all_rows and needs == {"cosine"})
         warm = 0.0 if free else scoring / forward / faster

@@ -92,15 +92,15 @@ def test_rows_that_are_not_valid_leave_the_table_alone(name: str) -> None:
 
 def test_works_without_the_optional_fields(name: str) -> None:
     selector = build(name)
-    plain = group(0, sample=None, valid=None, image=None, text=None)
+    plain = group(0, sample=None, valid=None, **dict.fromkeys({"image", "text"} - selector.needs(0)))
     check(selector.select(plain), selector, plain)
 
 
 def test_reads_no_more_than_it_says(name: str) -> None:
     selector = build(name)
     needs = selector.needs(0)
-    assert needs <= {"cosine", "loss"}
-    check(selector.select(group(0, **dict.fromkeys({"cosine", "loss"} - needs))), selector, group(0))
+    assert needs <= {"cosine", "loss", "image", "text"}
+    check(selector.select(group(0, **dict.fromkeys({"cosine", "loss", "image", "text"} - needs))), selector, group(0))
     for field in needs:
         with pytest.raises(ValueError, match=f"needs Candidates.{field}"):
             build(name).select(group(0, **{field: None}))

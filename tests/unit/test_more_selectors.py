@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.selection import dissect, info_batch, rho_loss, scan
+from pipeline.selection import dissect, info_batch, jest, random, rho_loss, scan
 from pipeline.selection.groups import GroupSelector
+from pipeline.selection.rate import RateSchedule
+from pipeline.teachers.cached import FORMAT, write_part
 from pipeline.types import Batch, Candidates
 
 ROWS = 20
@@ -83,3 +85,68 @@ def test_dissect_can_compare_with_a_moving_average_of_the_warm_up() -> None:
     for step, cosine in enumerate((0.2, 0.4, 0.8, 0.1)):
         selector.select(group(step, cosine=torch.full((ROWS,), cosine)))
     assert selector.scores.score.tolist() == pytest.approx([0.5 * (0.5 * 20 + 0.5 * 40) + 0.5 * 80] * ROWS)
+
+
+def teacher(folder: Path, image: torch.Tensor, text: torch.Tensor) -> str:
+    """Its rows as tools.cache_teacher writes them."""
+    facts = {"format": FORMAT, "index": "none", "samples": len(image), "dtype": "float32", "constants": {}}
+    columns = {"image": image.numpy(), "text": text.numpy()}
+    facts["features"] = {name: [value.shape[1]] for name, value in columns.items()}
+    write_part(folder, 0, columns, np.ones(len(image), bool), facts)
+    return str(folder)
+
+
+def conditional(logits: torch.Tensor, i: int, others: list[int], loss: str) -> float:
+    """The loss of row i in a batch of `others` and itself, written out."""
+    rest = [j for j in others if j != i]
+    if loss == "softmax":
+        row, column = (torch.stack([z[i, j] for j in [i, *rest]]) for z in (logits, logits.T))
+        return float((torch.logsumexp(row, 0) + torch.logsumexp(column, 0)) / 2 - logits[i, i])
+    softplus = torch.nn.functional.softplus
+    return float(softplus(-logits[i, i]) + sum(softplus(logits[i, j]) + softplus(logits[j, i]) for j in rest))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_jest_s_losses_are_those_of_a_batch_of_the_drawn_rows(tmp_path: Path, loss: str) -> None:
+    image, text = torch.nn.functional.normalize(torch.randn(2, ROWS, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    selector = jest.Config(reference=teacher(tmp_path, image, text), loss=loss).build(ROWS)
+    logits = selector._logits(image, text)
+    others = torch.zeros(ROWS, dtype=torch.bool)
+    others[[2, 5, 11]] = True
+    expected = [conditional(logits, i, [2, 5, 11], loss) for i in range(ROWS)]
+    assert selector._loss(logits, others).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_jest_takes_what_the_reference_knows_and_the_learner_does_not(tmp_path: Path, loss: str) -> None:
+    ids = torch.arange(ROWS)
+    image = torch.nn.functional.normalize(torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    learned, hopeless = ids < 5, ids >= 15  # the learner knows the first five, the reference all but the last five
+    wrong = image.roll(1, 0)
+    selector = jest.Config(
+        reference=teacher(tmp_path, image, torch.where(hopeless[:, None], wrong, image)), loss=loss, scale=30.0, chunks=5
+    ).build(ROWS)
+    text = torch.where(learned[:, None], image, wrong)
+    chosen = selector.select(group(keep=10, image=image, text=text))
+    assert chosen.rows.tolist() == list(range(5, 15))
+    equal = [selector.select(group(step, keep=10, image=image, text=torch.where(hopeless[:, None], wrong, image))) for step in range(20)]
+    assert len({row for one in equal for row in one.rows.tolist()}) == ROWS  # nothing to gain anywhere: a lot
+
+
+def test_jest_refuses_a_reference_without_both_sides(tmp_path: Path) -> None:
+    facts = {"format": FORMAT, "index": "none", "samples": 2, "dtype": "float32", "constants": {}, "features": {"image": [2]}}
+    write_part(tmp_path, 0, {"image": np.ones((2, 2), np.float32)}, np.ones(2, bool), facts)
+    with pytest.raises(ConfigError, match=r"selector.reference: .*has no text of the samples.*tools.cache_teacher"):
+        jest.Config(reference=str(tmp_path)).build(ROWS)
+    with pytest.raises(ConfigError, match=r"selector.reference: none given"):
+        jest.Config().build(ROWS)
+
+
+def test_a_rate_may_change_over_the_visits_after_warm_up() -> None:
+    config = random.Config(rate=RateSchedule(start=1.0, end=0.25, visits=3), warmup_visits=2)
+    assert [config.rate_at(visits) for visits in (0, 1, 2, 3, 9, float("inf"))] == [1.0, 0.75, 0.5, 0.25, 0.25, 0.25]
+    assert random.Config(rate=0.3).rate_at(7) == 0.3
+    ids = torch.arange(ROWS)
+    batch = Batch(ids, ids, torch.zeros_like(ids), torch.ones(ROWS, dtype=torch.bool), {})
+    selector = GroupSelector(config.build(ROWS, warmup_steps=2), ROWS, lambda steps: int(ROWS * config.rate_at(steps)))
+    assert [len(selector.select(batch, None, step)[0].rows) for step in range(8)] == [20, 20, 20, 15, 10, 5, 5, 5]

@@ -271,3 +271,14 @@ def test_the_cost_model_counts_scores_that_only_the_automatic_warm_up_wants(star
     assert start("selector={name: random, rate: 0.5, warmup_visits: auto}", "steps=4", "visits=null").fit()
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring: "))
     assert "in warm-up 1.33" in said and "(scoring 0.00 + rate 0.50)" in said
+
+
+def test_a_rate_that_changes_trains_more_rows_first(start) -> None:
+    trainer = start("selector={name: dissect, rate: {start: 1.0, end: 0.25, visits: 2}, warmup_visits: 1}", "visits=4")
+    ends = [trainer.data.lanes.layout.steps_for(visits) for visits in (1, 3)]
+    assert trainer.fit()
+    log = log_of(trainer)
+    kept = [int(log["kept"][log["step"] == step].sum()) for step in range(trainer.steps)]
+    size = trainer.data.lanes.layout.batch
+    assert kept == sorted(kept, reverse=True) and kept[: ends[0] + 1] == [size] * (ends[0] + 1) and size / 4 < kept[ends[0] + 1] < size
+    assert set(kept[ends[1] :]) == {size // 4}
