@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["extra_memory", "installed", "interleave", "machine", "ratio", "save", "spread", "summary", "table"]
+__all__ = ["extra_memory", "installed", "interleave", "machine", "ratio", "save", "saved_bytes", "spread", "summary", "table"]
 
 
 def interleave(providers: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -55,6 +55,24 @@ def extra_memory(call: Callable[[], Any]) -> float | None:
     before = _kib(status, "VmRSS")
     call()
     return (_kib(status, "VmHWM") - before) / 1024
+
+
+def saved_bytes(module: torch.nn.Module, call: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for its backward, weights apart; each piece of memory once."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept.append(tensor)  # so that no later tensor gets its address
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(seen.values())
 
 
 def _kib(status: Path, field: str) -> int:

@@ -163,7 +163,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     fresh = config.init_from and not checkpoint.committed(folder)
     together(comm, lambda: config.init_from.load(task.towers) if fresh else None)
     engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
-    fetch = Fetch(sources, decoders, config.seed, teachers.rows)
+    needed = {teacher for tower in config.towers.values() for teacher in tower.follows()}
+    fetch = Fetch(sources, decoders, config.seed, teachers.rows, needed)
     data = DataModule(config.data, plan, comm.rank, comm.size, fetch, steps, engine.device)
     sources.check_cache(config.data, data.lanes, comm.local_size)
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
@@ -229,7 +230,8 @@ def build_task(config: RunConfig, folder: Path, comm: Comm) -> Task:
     towers = {name: tower.build(folder) for name, tower in config.towers.items()}
     objectives = {name: (objective.weight, objective.build()) for name, objective in config.objectives.items()}
     trained = {feature for objective in config.objectives.values() for feature in objective.trains()}
-    return Task(towers, objectives, comm, set(feature_names(config.towers)) - trained)
+    follows = {name: tower.follows() for name, tower in config.towers.items()}
+    return Task(towers, objectives, comm, set(feature_names(config.towers)) - trained, follows)
 
 
 class TrainedRun:

@@ -35,6 +35,7 @@ def check_wiring(
         raise ConfigError(f"towers: needs one named {MAIN!r}, it is the one that is exported; found {', '.join(towers) or 'none'}")
     if not objectives:
         raise ConfigError("objectives: needs at least one")
+    _check_followed(towers, teachers or {})
     given = feature_names(towers)
     frozen = _frozen_names(towers, given, teachers or {})
     fields = _field_names(towers, teachers or {}, data) if data else None
@@ -51,6 +52,18 @@ def check_wiring(
                 f"objectives.{name} reads the field {unknown[0]!r}, but the batch has {', '.join(fields)}. A label comes with data.classes, "
                 f"<modality>.present with data.modalities.<modality>.optional"
             )
+
+
+def _check_followed(towers: Mapping[str, TowerConfig], teachers: Mapping[str, TeacherConfig]) -> None:
+    """Raises ConfigError for a tower whose input is a teacher that is not there, or looks only at rows that are chosen already."""
+    for name, tower in towers.items():
+        for teacher in tower.follows():
+            if teacher not in teachers or not teachers[teacher].is_cached():
+                found = f"teachers.{teacher} is {teachers[teacher].name}" if teacher in teachers else f"there is no teachers.{teacher}"
+                raise ConfigError(
+                    f"towers.{name}: takes the features of the cached teacher {teacher!r} as its input, and {found}; write them with "
+                    f"tools.cache_teacher and give teachers.{teacher}: {{name: cached, path: ...}}"
+                )
 
 
 def _frozen_names(towers: Mapping[str, TowerConfig], given: list[str], teachers: Mapping[str, TeacherConfig]) -> list[str]:
@@ -88,12 +101,19 @@ class Task(nn.Module):
 
     `untrained`: features that no objective sends a gradient to (a head beside the one that is read). They join the loss times zero: DDP
     waits for a gradient of every parameter, and on any number of ranks, in any ZeRO stage, the optimizer then does the same to all.
+    `follows`: by tower, the cached teachers whose features it sees among its fields.
     """
 
     def __init__(
-        self, towers: dict[str, nn.Module], objectives: dict[str, tuple[float, nn.Module]], comm: Comm, untrained: Collection[str] = ()
+        self,
+        towers: dict[str, nn.Module],
+        objectives: dict[str, tuple[float, nn.Module]],
+        comm: Comm,
+        untrained: Collection[str] = (),
+        follows: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         super().__init__()
+        self.follows = follows or {}
         self.untrained = frozenset(untrained)
         self.towers = nn.ModuleDict(towers)
         self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in objectives.items()})
@@ -111,7 +131,7 @@ class Task(nn.Module):
 
         With `cached` only its rows are embedded; see pipeline/distributed/replay.py.
         """
-        features = self._embed(batch.fields if cached is None else {name: value[cached.rows] for name, value in batch.fields.items()})
+        features = self._embed(batch if cached is None else batch.map(lambda value: value[cached.rows]))
         if mode == "features":
             return features
         if cached is not None and cached.gradients is not None:
@@ -135,10 +155,12 @@ class Task(nn.Module):
         alike = image is not None and text is not None and image.ndim == 2 and image.shape == text.shape
         return StepOutput(loss, seen, against, kernels.cosine(image, text) if alike else None)
 
-    def _embed(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            key if name == MAIN else f"{name}.{key}": value for name, tower in self.towers.items() for key, value in tower(fields).items()
-        }
+    def _embed(self, batch: Batch) -> dict[str, Tensor]:
+        out = {}
+        for name, tower in self.towers.items():
+            given = {key: value for key, value in batch.teacher.items() if key.split(".")[0] in self.follows.get(name, ())}
+            out |= {key if name == MAIN else f"{name}.{key}": value for key, value in tower(batch.fields | given).items()}
+        return out
 
     def loss(self, features: dict[str, Tensor], batch: Batch, selection: Selection) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the objectives over given features; the objectives' values and telemetry, detached."""

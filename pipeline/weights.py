@@ -54,7 +54,11 @@ class InitFrom(Strict):
             mine = {name.removeprefix(f"{to}."): value for name, value in state.items() if name.startswith(f"{to}.")}
             if not mine:
                 raise ConfigError(f"{where}: this run has no such tower or part of one; its towers are {', '.join(towers)}")
-            copy_weights(mine, read_weights(file, f"towers.{origin}.", where), where, f"{file} {origin}")
+            theirs = read_weights(file, f"towers.{origin}.", where)
+            name, _, part = to.partition(".")
+            for key in theirs.keys() & mine.keys():
+                theirs[key] = towers[name].fitted(f"{part}.{key}" if part else key, theirs[key], mine[key])
+            copy_weights(mine, theirs, where, f"{file} {origin}")
 
 
 def tower_of(run: Path, name: str, where: str) -> TowerConfig:

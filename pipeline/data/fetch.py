@@ -1,6 +1,6 @@
 """From the ids of a batch's rows to the batch: what a loader worker does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ def labels_shown(seed: int, share: float, samples: np.ndarray) -> np.ndarray:
 class Fetch(Dataset):
     """One item is one whole batch: `Rows` in, `Batch` out. Holds nothing that changes, so any worker gives the same answer.
 
-    `teachers`: by name, what was computed for every sample before: sample ids int64 [b] -> feature -> [b, ...].
+    `teachers`: by name, what was computed for every sample before: sample ids int64 [b] -> feature -> [b, ...]. A sample that one of
+    those that are `needed` has not seen is a bad one.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Fetch(Dataset):
         decoders: dict[str, Decoder],
         seed: int | None,
         teachers: Mapping[str, Callable[[np.ndarray], dict[str, Tensor]]] | None = None,
+        needed: Collection[str] = (),
     ) -> None:
-        self.sources, self.seed, self.teachers = sources, seed, teachers or {}
+        self.sources, self.seed, self.teachers, self.needed = sources, seed, teachers or {}, needed
         self.decoders = decoders if sources.classes is None else decoders | {"label": LabelDecoder(sources.classes)}
         given = sources.modalities
         self.members = {name: members_of(name, d, given[name].members if name in given else None) for name, d in self.decoders.items()}
@@ -85,6 +87,10 @@ class Fetch(Dataset):
             shown = torch.from_numpy(labels_shown(self.seed, self.sources.labelled, rows.sample))
             fields["label"] = fields["label"].masked_fill(~shown, -1)
         given = {f"{name}.{key}": value for name, read in self.teachers.items() for key, value in read(rows.sample).items()}
+        for name in self.needed:
+            for i in np.flatnonzero(valid & ~given[f"{name}.present"].numpy()):
+                valid[i] = False
+                bad.append((int(rows.sample[i]), "not_cached"))
         columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
         return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad), skipped=rows.skipped)
 

@@ -35,6 +35,10 @@ class TeacherConfig(Component):
         """The batch fields that its forward looks at."""
         return tuple(self.decoders())
 
+    def is_cached(self) -> bool:
+        """Whether its outputs come with the samples, before any are chosen."""
+        return False
+
     def open(self, sources: Sources) -> "Teacher":
         """The teacher, for these samples. Raises ConfigError, CheckpointError, DataError."""
         raise TypeError(f"{type(self).__module__}.Config must define open()")

@@ -32,6 +32,9 @@ class Config(TeacherConfig):
         facts = read_facts(Path(self.path))
         return (*facts["features"], *facts["constants"])
 
+    def is_cached(self) -> bool:
+        return True
+
     def open(self, sources: Sources) -> "Cached":
         folder = Path(self.path)
         facts = read_facts(folder)

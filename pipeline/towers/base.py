@@ -28,6 +28,10 @@ class TowerConfig(Component):
         """The features its forward returns."""
         raise TypeError(f"{type(self).__module__}.Config must define gives()")
 
+    def follows(self) -> tuple[str, ...]:
+        """The cached teachers whose features it takes as its input, beside the fields; a row that one of them has not seen is not valid."""
+        return ()
+
     def prepare(self, data: TowerData) -> None:
         """Work that one process does for all before decoders are made (training a tokenizer); done already on resume."""
 
@@ -59,6 +63,11 @@ class Tower(nn.Module):
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Features from the fields that are there (evaluation gives images alone, or texts alone). `mask` marks absent modalities."""
         raise TypeError(f"{type(self).__name__} must define forward()")
+
+    def fitted(self, name: str, stored: Tensor, like: Tensor) -> Tensor:
+        """A weight of another run (`init_from`) for the weight `name`, which is shaped `like`: as it is, unless the tower knows how a
+        weight of another shape becomes its own (positions for longer clips)."""
+        return stored
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """(parameter, lowest, highest): what the engine clamps after each optimizer step, wherever the shards are (the logit scale)."""

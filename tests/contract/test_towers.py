@@ -18,7 +18,8 @@ class Holder(Strict):
     tower: component("pipeline.towers", TowerConfig)
 
 
-OTHERS = {"audio", "fusion", "image", "text"} | {"mlrm"}  # those: tests/unit/test_towers_multimodal.py, test_mlrm.py
+# those: tests/unit/test_towers_multimodal.py, test_mlrm.py, test_video.py
+OTHERS = {"audio", "fusion", "image", "text"} | {"mlrm"} | {"video"}
 PAIRS = sorted(set(names_in("pipeline.towers")) - OTHERS)
 
 
