@@ -23,7 +23,7 @@ from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure
 from pipeline.evaluation.selection_quality import LOG_SCHEMA
 from pipeline.run import RunConfig, build_task, compete, make_decoders
 from pipeline.selection.groups import GroupSelector
-from pipeline.selection.scoring import ScoringConfig
+from pipeline.selection.scoring import Scoring
 from pipeline.selection.warmup import Watch, visits_of
 from pipeline.towers.base import TowerData
 from pipeline.types import Batch, Selection
@@ -37,10 +37,10 @@ class Run:
             config.engine.precision != "fp32"
             or config.teachers
             or config.init_from
-            or config.scoring.model_copy(update={"micro_batch": None}) != ScoringConfig()
-            or any(o.rejected() for o in config.objectives.values())
+            or config.scoring.precision not in (None, "fp32")
+            or config.data.skip
         ):
-            raise ConfigError("memory: true: needs engine.precision fp32, no teachers or init_from, scoring's defaults, negatives: selected")
+            raise ConfigError("memory: true: needs engine.precision and scoring.precision fp32, no teachers, init_from or data.skip")
         self.config, self.folder, self.comm = config, Path(config.out), LocalComm()
         torch.set_num_threads(config.engine.threads or 1)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,14 @@ class Run:
             tower.prepare(TowerData(self.folder, self.sources.captions))
         self.decoders = make_decoders(config, self.folder, train=True)
         torch.manual_seed(config.seed)
-        self.task = build_task(config, self.folder, self.comm)
+        self.task = self.raw = build_task(config, self.folder, self.comm)
+        self.device = torch.device("cpu")
         self.optimizer = config.optimizer.build(self.task)
         selector = config.selector.build(plan.num_samples, config.selector.last_warmup_step(plan.steps_for, self.steps), config.seed)
         self.groups = GroupSelector(selector, *compete(config, plan))
         self.watch = Watch(selector, self.comm, plan.steps_for, self.folder)
+        rejected = any(objective.rejected() for objective in config.objectives.values())
+        self.scoring = Scoring(config.scoring, self, self.groups, self.lanes, config.seed, rejected, self.watch)
         self.samples = self._decode()
         self.scored = self.trained = 0
         self.log: list[pa.Table] = []
@@ -71,29 +74,31 @@ class Run:
             rows = self.lanes.rows(step)
             batch = self.samples.take(torch.from_numpy(rows.sample))
             batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
-            features = self.embed(batch) if self.groups.selector.needs(step) | self.watch.needs(step) else None
-            chosen, cosine = self.groups.select(batch, features, step)
-            self.watch.step(cosine, batch, step + 1)
-            self.step(batch.take(chosen.rows), chosen, step)
-            self.scored += len(batch) * (features is not None)
+            choice = self.scoring.choose(batch, step)
+            chosen = choice.selection
+            cosine = self.step(batch.take(chosen.rows, choice.features), chosen, step)
+            choice = self.scoring.learn(batch, choice, cosine, step)
+            self.watch.step(choice.cosine, batch, step + 1)
+            self.scored += choice.scored
             self.trained += len(chosen.rows)
-            self._note(step, batch, chosen, cosine)
+            self._note(step, batch, chosen, choice.cosine)
         return time.process_time() - began
 
     @torch.no_grad()
-    def embed(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The scoring pass, and what evaluation embeds with."""
+    def features(self, batch: Batch, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The scoring pass, and what evaluation embeds with; float32, whatever `dtype`."""
         self.task.eval()
         try:
             return self.task(batch, "features")
         finally:
             self.task.train()
 
-    def step(self, batch: Batch, chosen: Selection, step: int) -> None:
-        """Forward, backward, clip, update, bounds: Engine.step for one process."""
+    def step(self, batch: Batch, chosen: Selection, step: int) -> torch.Tensor | None:
+        """Forward, backward, clip, update, bounds: Engine.step for one process. The trained rows' cosines."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.rate_at(step, self.steps)
-        self.task(batch, "train", chosen).loss.backward()
+        out = self.task(batch, "train", chosen)
+        out.loss.backward()
         if self.config.engine.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.engine.clip_grad_norm)
         self.optimizer.step()
@@ -102,6 +107,7 @@ class Run:
         with torch.no_grad():
             for parameter, low, high in self.task.bounds():
                 parameter.clamp_(low, high)
+        return out.cosine
 
     def _note(self, step: int, batch: Batch, chosen: Selection, cosine: torch.Tensor | None) -> None:
         kept = np.zeros(len(batch), bool)
@@ -120,7 +126,7 @@ class Run:
         )
         config = self.config.evaluation.model_copy(update={"probe": False})
         held = HeldOut.open(config, self.config.data, lambda: set(self.sources.captions()))
-        found, _ = measure(held, config, self.decoders, self.embed, torch.device("cpu"))
+        found, _ = measure(held, config, self.decoders, self.features, torch.device("cpu"))
         warmup = visits_of(self.folder, self.config.selector.warmup_visits)
         quality = judge_selection(self.folder, self.sources, [source.url for source in self.config.data.sources], warmup)
         return found | {"selection": quality, "samples": {"scored": self.scored, "trained": self.trained}}

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.selection import Cell, Grid, cells, finished, in_processes, matched
 from benchmarks.selection_memory import run
 from benchmarks.selection_tables import groups, paired, plots, text, verdicts
 from pipeline.config import ConfigError, load, parse
-from pipeline.run import RunConfig
-from tests.runs import DEBUG
+from pipeline.run import RunConfig, build
+from tests.runs import DEBUG, arguments, selection_log
 
 ROOT = Path(__file__).parents[2]
 GRID = {
@@ -77,10 +78,8 @@ def test_a_matched_cell_keeps_its_first_visits_and_no_other_settings(tmp_path: P
 @pytest.mark.parametrize(
     "override",
     [
-        "scoring.every=2",
-        "scoring.reuse=true",
-        "scoring.patches=0.5",
         "scoring.precision=bf16",
+        "data.skip={lookahead: 8}",
         "init_from={run: elsewhere, towers: {student: student}}",
     ],
 )
@@ -89,6 +88,24 @@ def test_what_the_grid_in_memory_does_not_have_is_refused(override: str, tmp_pat
     with pytest.raises(ConfigError, match="memory: true"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["scoring.every=2"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]])
+def test_the_grid_in_memory_gives_what_a_run_gives(options: list[str], icons_small: Path, tmp_path: Path) -> None:
+    _, path, *given = arguments(icons_small, tmp_path / "run", "visits=3", *options)
+    trainer, home = build(load(RunConfig, path, given))
+    try:
+        assert trainer.fit()
+    finally:
+        home.close(well=True)
+    held = [f"out={tmp_path / 'cell'}", f"evaluation.data={icons_small}"]
+    found, _ = run(load(RunConfig, path, [*given, *held]))
+    told = trainer.progress
+    assert found["samples"] == {"scored": told.scored, "trained": told.trained} and told.scored < told.offered * 2
+    logs = [selection_log(tmp_path / name).sort_by([("step", "ascending"), ("sample", "ascending")]) for name in ("run", "cell")]
+    for column in ("step", "sample", "kept"):
+        assert logs[0][column].equals(logs[1][column]), column
+    assert np.allclose(*(log["score"].to_numpy() for log in logs), atol=1e-3, equal_nan=True)
 
 
 def test_a_matched_row_gets_the_visits_that_the_median_ratio_buys() -> None:
