@@ -13,7 +13,7 @@ env: $(READY)
 # torch is named beside the extras: asked for by a dependency alone, pip would take the newest build with gigabytes of CUDA
 $(READY):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,triton,audio,video,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[train,slurm,triton,audio,video,segmentation,demo,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(TEACHERS)
 	$(BIN)/python tools/torchvision_cpu.py
 	rm -f .venv/.ready-* && touch $@

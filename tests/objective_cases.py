@@ -8,7 +8,8 @@ from pipeline.config import names_in, parse
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.types import Batch
 
-ROWS, WIDTH, CLASSES = 12, 8, 8
+ROWS, WIDTH, CLASSES, SIDE = 12, 8, 8, 4
+MAPS = "noisy_segmentation"  # the objective that reads maps [rows, CLASSES, SIDE, SIDE]
 
 _WIDTHS = {"student_width": WIDTH, "teacher_width": WIDTH}
 _AMID = _WIDTHS | {"auxiliary_width": WIDTH, "projection": 6, "hidden": 10, "queue": 20, "samples": ROWS + 4, "drawn": 7}
@@ -45,8 +46,18 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "relational_kd": {"distance": {"angle_weight": 0.0}, "angle": {"distance_weight": 0.0}, "present": {"present": "aux.present"}},
     "affinity": {"plain": {}, "present": {"present": "aux.present", "temperature": 2.0}},
     "pair_nce": {"both views": {}, "one view": {"alpha": None}, "blocked": {"impl": "blocked", "alpha": 1.0}},
+    MAPS: {
+        "paper": {"ramp_steps": 3},
+        "all pixels": {"keep": 1.0},
+        "linear gini": {"keep": 1.0, "ramp": "linear", "ramp_steps": 3, "confidence": "gini", "entangle": False},
+        "plain": {"select": False, "alpha": 0.0, "beta": 0.0, "consistency": 0.0},
+        "one sensor": {"second": None, "keep": 1.0},
+    },
     "cross_entropy": {"logits": {}, "head": {"feature": "embedding", "width": WIDTH, "classes": CLASSES, "smoothing": 0.1}},
 }
+
+# by design not the same on any number of ranks: the thresholds are of a rank's own pixels, as published
+OF_A_RANK = {(MAPS, "paper")}
 
 
 def cases() -> list[tuple[str, str]]:
@@ -61,12 +72,14 @@ def config_of(name: str, case: str, **changes: Any) -> ObjectiveConfig:
 
 
 def features_of(config: ObjectiveConfig, rows: int = ROWS, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Random float64 features by the names the objective reads: unit rows [rows, WIDTH], and scales [1]."""
+    """Random float64 features by the names the objective reads: unit rows [rows, WIDTH], scales [1], or maps."""
     make = torch.Generator().manual_seed(seed)
     made = {}
     for name in config.reads():
         if name.rpartition(".")[2] == "scale":
             made[name] = torch.tensor([9.0], dtype=torch.float64)
+        elif config.name == MAPS:
+            made[name] = torch.randn(rows, CLASSES, SIDE, SIDE, generator=make, dtype=torch.float64)
         else:
             made[name] = torch.nn.functional.normalize(torch.randn(rows, WIDTH, generator=make, dtype=torch.float64))
     return made
@@ -79,6 +92,10 @@ def batch_of(config: ObjectiveConfig, rows: int = ROWS, valid: torch.Tensor | No
     for name in config.fields():
         if name.endswith(".present"):
             fields[name] = (ids != 2) & (ids != 9)
+        elif config.name == MAPS:
+            pixels = torch.arange(rows * SIDE**2).view(rows, SIDE, SIDE)
+            label = (7 * pixels % 61 % CLASSES).masked_fill((ids == 4)[:, None, None] | (pixels % 13 == 5), 255)
+            fields[name] = label if name == config.label else 31 * torch.arange(CLASSES)[:, None, None] * pixels[:, None] % 256
         else:
             fields[name] = (ids % CLASSES).masked_fill(ids == 4, -1)
     batch = Batch(ids, ids, ids * 0, torch.ones(rows, dtype=torch.bool) if valid is None else valid, fields)

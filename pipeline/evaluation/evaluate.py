@@ -23,6 +23,7 @@ from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
+from pipeline.evaluation.segmentation import segments
 from pipeline.evaluation.selection_quality import read_log, selection_quality
 from pipeline.evaluation.student import classifies
 from pipeline.evaluation.zero_shot import class_features, prompts, zero_shot
@@ -187,9 +188,9 @@ class Periodic:
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        if classifies(config.towers):
+        if classifies(config.towers) or segments(config.towers):
             raise ConfigError(
-                "evaluation.every: a student that classifies is evaluated at the end, by python -m pipeline evaluate; set it to 0"
+                "evaluation.every: a student that classifies or segments is evaluated at the end, by python -m pipeline evaluate; set it to 0"
             )
         self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
         here = engine.comm.rank == 0 or self.together

@@ -1,6 +1,6 @@
 """What a student of stage 2 knows: the features of a tower over whole shards, recognition, and retrieval by class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.evaluation.recognition import recognition
 from pipeline.evaluation.retrieval import class_retrieval
 from pipeline.task import MAIN
+from pipeline.types import Batch
 
 
 def classifies(towers: dict[str, Any]) -> bool:
@@ -23,9 +24,11 @@ def classifies(towers: dict[str, Any]) -> bool:
 
 
 @torch.inference_mode()
-def outputs(run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 256, workers: int = 2) -> dict[str, Tensor]:
-    """Of every sample of the shards that can be decoded, in their order: the tower's features with rows (float32, on the CPU), `label`
-    and `sample` int64 [n], and `<field>.present` bool [n] where a sample may lack the field. `run`: a pipeline.run.TrainedRun.
+def forwards(
+    run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 256, workers: int = 2
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Batches of all samples of the shards in their order, and the tower's features of them, in the run's precision and on its device.
+    `run`: a pipeline.run.TrainedRun.
 
     Only the fields that this tower reads are decoded: what else it was trained with need not be there. Raises ConfigError, DataError.
     """
@@ -36,12 +39,20 @@ def outputs(run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 25
     fetch = Fetch(sources, config.decoders(run.folder, train=False), seed=None)
     every = np.arange(sources.num_samples)
     requests = [Rows(part, part, np.zeros_like(part)) for part in np.split(every, range(batch, len(every), batch))]
-    parts: dict[str, list[Tensor]] = {}
     precision = run.config.engine
     for rows in batches(fetch, requests, workers):
         rows = rows.to(run.device)
         with torch.autocast(run.device.type, precision.dtype, enabled=precision.precision != "fp32"):
-            found = {name: value for name, value in model(rows.fields).items() if value.ndim == 2}
+            found = model(rows.fields)
+        yield rows, found
+
+
+def outputs(run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 256, workers: int = 2) -> dict[str, Tensor]:
+    """Of every sample of the shards that can be decoded, in their order: the tower's features with rows (float32, on the CPU), `label`
+    and `sample` int64 [n], and `<field>.present` bool [n] where a sample may lack the field. Raises ConfigError, DataError."""
+    parts: dict[str, list[Tensor]] = {}
+    for rows, given in forwards(run, urls, tower=tower, batch=batch, workers=workers):
+        found = {name: value for name, value in given.items() if value.ndim == 2}
         found |= {name: value for name, value in rows.fields.items() if value.ndim == 1} | {"sample": rows.sample}
         for name, value in found.items():
             value = value[rows.valid].cpu()

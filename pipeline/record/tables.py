@@ -55,7 +55,7 @@ def seconds(value: Any) -> str:
 def headline(runs: Sequence[Run]) -> list[str]:
     """What the first run reached, beside the others: sentences that hold for any numbers, good or bad."""
     main, rest = runs[0], runs[1:]
-    sentences = [sentence for sentence in (_accuracy(main, rest), _kept(main)) if sentence]
+    sentences = [sentence for sentence in (_accuracy(main, rest), _segmented(main), _kept(main)) if sentence]
     if not sentences:
         steps = number(main.result.get("step")) or max((line["step"] for line in main.metrics), default=None)
         sentences.append(
@@ -72,6 +72,11 @@ def _accuracy(main: Run, rest: Sequence[Run]) -> str:
     text += f", with {count(classes)} captions to choose from"
     text += f": {_times(top1 / chance)} chance" if number(chance) else ""
     return " ".join(f"{sentence}." for sentence in (text, *(_other(main, other, top1) for other in rest)) if sentence)
+
+
+def _segmented(main: Run) -> str:
+    figures = [f"{percent(dig(told, 'miou'))} with {name}" for name, told in (dig(main.result, "segmentation") or {}).items()]
+    return f"On {count(dig(main.result, 'images'))} held-out maps {main.label} reaches a mIoU of {', '.join(figures)}." if figures else ""
 
 
 def _times(ratio: float) -> str:
@@ -123,6 +128,7 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
                 ("linear probe", "linear_probe.top1", percent, +1, "linear_probe.chance"),
             ],
         ),
+        ("Segmentation, held-out maps", _segmentation(runs)),
         ("Retrieval by caption, held-out images", recall),
         (
             "Selection after warm-up",
@@ -148,6 +154,13 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
     told = [_flat(run) for run in runs]
     shown = [Group(title, [row for spec in rows if (row := _row(told, *spec)) is not None]) for title, rows in groups]
     return [group for group in shown if group.rows]
+
+
+def _segmentation(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Any], str], int, str]]:
+    """Three rows for each sensor that a run has."""
+    sensors = dict.fromkeys(name for run in runs for name in dig(run.result, "segmentation") or {})
+    figures = (("mIoU", "miou"), ("mean F1", "mf1"), ("pixels right", "oa"))
+    return [(f"{name} {title}", f"segmentation.{name}.{key}", percent, +1, "") for name in sensors for title, key in figures]
 
 
 def plain_text(runs: Sequence[Run]) -> str:

@@ -18,8 +18,8 @@ class Holder(Strict):
     tower: component("pipeline.towers", TowerConfig)
 
 
-# those: tests/unit/test_towers_multimodal.py, test_mlrm.py, test_video.py
-OTHERS = {"audio", "fusion", "image", "text"} | {"mlrm"} | {"video"}
+# those: tests/unit/test_towers_multimodal.py, test_mlrm.py, test_video.py, test_cromss.py
+OTHERS = {"audio", "fusion", "image", "text"} | {"mlrm"} | {"video"} | {"unet"}
 PAIRS = sorted(set(names_in("pipeline.towers")) - OTHERS)
 
 
