@@ -242,7 +242,11 @@ def on_ranks(what: str, folder: Path, args: argparse.Namespace, size: int, ranks
     """Runs `measure` or `restart` in fresh processes; gives what rank 0 found."""
     mine = ["-m", "benchmarks.checkpoint", "--on-rank", what, "--folder", str(folder), "--sizes", str(size), "--ranks", str(ranks)]
     mine += ["--data", args.data, "--repeats", str(args.repeats)]
-    world = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    world = (
+        []
+        if ranks == 1
+        else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    )
     subprocess.run([sys.executable, *world, *mine], check=True, env=os.environ | {"BEGAN": str(time.time())})
     return json.loads((folder / f"{what}.json").read_text(encoding="utf-8"))
 
