@@ -76,7 +76,8 @@ def _as_if_trained(config: RunConfig, before: Mapping[Path, RunConfig]) -> Itera
             run = getattr(part, "run", None)
             first = before.get(Path(run).absolute()) if run else None
             if first is None:
-                return part
+                members = {name: found(member) for name, member in getattr(part, "members", {}).items()}
+                return part.model_copy(update={"members": members}) if members else part
             folder = Path(made_up + first.out)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "resolved.yaml").write_text(to_yaml(first), encoding="utf-8")

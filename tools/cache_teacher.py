@@ -39,8 +39,9 @@ class Writer:
     def __init__(self, config: TeacherConfig, data: DataConfig, engine: EngineConfig, out: Path, dtype: str, batch: int) -> None:
         """Raises ConfigError, CheckpointError, DataError."""
         self.out, self.batch = out, batch
-        self.sources = Sources.open(data.model_copy(update={"classes": None}))
+        self.sources = Sources.open(data)
         teacher = config.open(self.sources)
+        self.sources.classes = None  # the rows need no labels: shards without them will do
         if teacher.rows is not None:
             raise ConfigError("this teacher is cached already; name a live or a pretrained one")
         self.fetch = Fetch(self.sources, config.decoders(), seed=None)

@@ -98,7 +98,7 @@ class Sources:
     """The sources of a run as one range of global sample ids: source i begins where source i - 1 ends."""
 
     def __init__(self, indices: list[Index], readers: list[Reader], weights: list[float | None], config: DataConfig) -> None:
-        self.indices, self.readers = indices, readers
+        self.indices, self.readers, self.config = indices, readers, config
         self.modalities, self.classes, self.labelled = config.modalities, config.classes, config.labelled
         self.shapes = [SourceShape(i.shard_start, w if w is not None else float(i.num_samples)) for i, w in zip(indices, weights)]
         self.bases = np.cumsum([0] + [index.num_samples for index in indices])

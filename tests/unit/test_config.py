@@ -248,6 +248,7 @@ def test_a_dotted_name_that_is_no_component_is_refused(lab) -> None:
 
 
 INPUTS = {"image": {"name": "image"}}
+MEMBERS = {"a": {"name": "live"}, "b": {"name": "live", "run": "runs/b"}}
 
 
 def variants(field: FieldInfo) -> list[Any]:
@@ -255,7 +256,7 @@ def variants(field: FieldInfo) -> list[Any]:
     parts = [field.annotation, *typing.get_args(field.annotation)]
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
     parts_of = [{"mean": [0.1] * 3}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}, {"num_mels": 40}, {"frames": 16}, INPUTS, {"text": "caption"}]
-    nested = [*parts_of, {"layers": 3}, {"vocab_size": 400}, {"model": "ViT-B-32"}, {"start": 1.0, "end": 0.25, "visits": 4.0}]
+    nested = [*parts_of, MEMBERS, {"layers": 3}, {"vocab_size": 400}, {"model": "ViT-B-32"}, {"start": 1.0, "end": 0.25, "visits": 4.0}]
     return [*literals, True, False, 4, 2, 8, 7, 301, 304, 0.25, "text", "vit", "ViT-B-32", *nested]
 
 
@@ -265,7 +266,7 @@ def test_every_setting_of_every_component_survives_load_dump_load(folder: str, n
     module = importlib.import_module(f"pipeline.{folder}.{name}")
     assert issubclass(module.Config, BASES[folder])
     required = [key for key, field in module.Config.model_fields.items() if field.is_required()]
-    needed = {key: INPUTS if key == "inputs" else "ViT-B-32" for key in required} | ({"model": "minilm"} if name == "pretrained" else {})
+    needed = {key: {"inputs": INPUTS, "members": MEMBERS}.get(key, "ViT-B-32") for key in required} | ({"model": "minilm"} if name == "pretrained" else {})
     for key, field in module.Config.model_fields.items():
         if key == "name" or typing.get_args(field.annotation) == (field.get_default(),):  # one value alone is no setting
             continue
