@@ -96,6 +96,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from pipeline.data.sources import Sources
     from pipeline.distributed.launch import leads
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
+    from pipeline.evaluation.items import measure_items, relates
     from pipeline.evaluation.segmentation import measure_segmentation, segments
     from pipeline.evaluation.student import classifies, measure_student
     from pipeline.run import TrainedRun
@@ -116,6 +117,8 @@ def evaluate(args: argparse.Namespace) -> int:
         result = measure_student(run, config.data, batch=config.batch, workers=config.workers)
     elif config.data and segments(run.config.towers):
         result = measure_segmentation(run, config.data, batch=config.batch, workers=config.workers)
+    elif config.data and relates(run.config.towers):
+        result = measure_items(run, config.data, batch=config.batch, workers=config.workers)
     elif config.data:
         held = HeldOut.open(config, run.config.data, lambda: set(sources.captions()))
         result, examples = measure(held, config, run.decoders, run.encode, run.device)

@@ -111,7 +111,7 @@ def measure(config: RunConfig) -> Model:
     parameters, flops, scoring = 0, 0.0, 0.0
     with TemporaryDirectory() as made_up:
         for tower in config.towers.values():
-            tower = tower.model_copy(update={"pretrained": None} if hasattr(tower, "pretrained") else {})
+            tower = tower.untrained()
             if getattr(getattr(tower, "tokenizer", None), "kind", None) == "bpe":
                 tower = tower.model_copy(update={"tokenizer": type(tower.tokenizer)()})
             tower.prepare(TowerData(Path(made_up), lambda: ["a caption", "another one"]))

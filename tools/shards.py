@@ -116,7 +116,9 @@ def _write(path: str, task: Task, source: Source) -> Counter[str]:
             if isinstance(pair, BadSample):
                 failures[pair.cause] += 1
             else:
-                tar.write({"__key__": f"{task.first + at:09d}", pair.extension: pair.image, "txt": caption.encode(), **pair.more})
+                members = {pair.extension: pair.image, "txt": None if caption is None else caption.encode(), **pair.more}
+                found = {name: data for name, data in members.items() if data is not None}
+                tar.write({"__key__": f"{task.first + at:09d}", **found})
     return failures
 
 

@@ -21,6 +21,7 @@ from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
+from pipeline.evaluation.items import relates
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
 from pipeline.evaluation.segmentation import segments
@@ -188,9 +189,10 @@ class Periodic:
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        if classifies(config.towers) or segments(config.towers):
+        if classifies(config.towers) or segments(config.towers) or relates(config.towers):
             raise ConfigError(
-                "evaluation.every: a student that classifies or segments is evaluated at the end, by python -m pipeline evaluate; set it to 0"
+                "evaluation.every: a student that classifies, segments or relates items is evaluated at the end, by python -m pipeline "
+                "evaluate; set it to 0"
             )
         self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
         here = engine.comm.rank == 0 or self.together

@@ -33,13 +33,14 @@ class Connector(nn.Module):
 
         sizes = {"hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads}
         rest = {"intermediate_size": 4 * config.width, "encoder_hidden_size": vision}
-        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        # BERT's 0.02 is for 768 columns; in a narrow one it would leave a hundredth of the image in what comes out at the start
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02 * (768 / config.width) ** 0.5}
         self.queries = nn.Parameter(torch.randn(tokens, config.width) * 0.02)
         self.qformer = Blip2QFormerModel(Blip2QFormerConfig(**sizes, **rest, **still))
         self.mlp = nn.Sequential(nn.Linear(config.width, out), nn.GELU(), nn.Linear(out, out))
 
     def forward(self, states: Tensor) -> Tensor:
-        queries = self.queries.expand(len(states), -1, -1)
+        queries = self.queries.repeat(len(states), 1, 1)
         return self.mlp(self.qformer(queries, encoder_hidden_states=states).last_hidden_state)
 
 
@@ -62,6 +63,8 @@ class Places(NamedTuple):
     pad: int
     image_at: int | None  # None: a prompt without the image
     answer_at: int | None  # None: a basic prompt
+    text_at: int  # the text's first token
+    tail: int  # tokens after the text
 
 
 class Views(NamedTuple):
@@ -124,42 +127,68 @@ class ItemEncoder(nn.Module):
         return (ids != self.places.pad).sum(1) - 1 + self.shift
 
 
-def language_model(given: str | dict[str, Any], vocab_size: int, gradient_checkpointing: bool = False) -> nn.Module:
-    """The decoder of a causal LLM in float32: from a folder that transformers has saved (safetensors only, no code of its own), or with
-    random weights from an inline config. Its embedding has at least `vocab_size` rows, new ones at the mean. Raises ConfigError."""
-    from transformers import AutoConfig, AutoModel
+def language_model(given: dict[str, Any], pretrained: str | None, vocab_size: int, gradient_checkpointing: bool = False) -> nn.Module:
+    """The decoder of a causal LLM in float32, with random weights or those of a folder that transformers has saved (safetensors only, no
+    code of its own). `given`: model_type and settings that differ from transformers' defaults for it. The embedding has at least
+    `vocab_size` rows, new ones at the mean. Raises ConfigError."""
+    from transformers import AutoModel
 
-    if isinstance(given, dict):
+    config = _llm_config(given, vocab_size)
+    if pretrained is None:
         try:
-            known = AutoConfig.for_model(given["model_type"]).to_dict()  # transformers would keep a misspelt setting and not use it
-            for name in given.keys() - known.keys():
-                raise ConfigError(f"towers: mlrm: llm: {unknown('setting', name, known)[:400]}")
-            rest = {name: value for name, value in given.items() if name != "model_type"}
-            llm = AutoModel.from_config(AutoConfig.for_model(given["model_type"], **{"vocab_size": vocab_size} | rest))
-        except ConfigError:
-            raise
-        except (ValueError, TypeError) as error:
+            llm = AutoModel.from_config(config)
+        except ValueError as error:
             raise ConfigError(f"towers: mlrm: llm: transformers builds no model of {given}: {str(error)[:300]}") from None
     else:
-        if not (Path(given) / "config.json").is_file():
-            raise ConfigError(f"towers: mlrm: llm: {given} holds no config.json; give the folder of a model that transformers has saved")
-        try:
-            llm = AutoModel.from_pretrained(
-                given, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"towers: mlrm: llm: {given}: cannot be loaded from safetensors files: {str(error)[:300]}") from None
+        llm = _saved(given, pretrained)
     if getattr(llm.config, "is_encoder_decoder", False) or not hasattr(llm.config, "hidden_size"):
         raise ConfigError(f"towers: mlrm: llm: {llm.config.model_type} is no decoder alone; expected a causal language model such as llama")
     rows = llm.get_input_embeddings().num_embeddings
+    if rows < vocab_size and pretrained is None:
+        raise ConfigError(
+            f"towers: mlrm: llm.vocab_size {rows}: the tokenizer has {vocab_size} entries; leave it out, or lower tokens.vocab_size"
+        )
     if rows < vocab_size:
-        if isinstance(given, dict):
-            raise ConfigError(
-                f"towers: mlrm: llm.vocab_size {rows}: the tokenizer has {vocab_size} entries; leave it out, or lower tokens.vocab_size"
-            )
         with torch.no_grad():
             mean = llm.get_input_embeddings().weight.mean(0)
             llm.resize_token_embeddings(vocab_size, mean_resizing=False).weight[rows:] = mean
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     return llm
+
+
+def _llm_config(given: dict[str, Any], vocab_size: int) -> Any:
+    from transformers import AutoConfig
+
+    rest = {name: value for name, value in given.items() if name != "model_type"}
+    try:
+        known = AutoConfig.for_model(given["model_type"])
+        if wrong := [name for name in rest if not hasattr(known, name)]:  # transformers would keep a misspelt setting and not use it
+            raise ConfigError(f"towers: mlrm: llm: {unknown('setting', wrong[0], known.to_dict())[:400]}")
+        return AutoConfig.for_model(given["model_type"], **{"vocab_size": vocab_size} | rest)
+    except (ConfigError, ModuleNotFoundError):
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"towers: mlrm: llm: transformers builds no model of {given}: {str(error)[:300]}") from None
+
+
+def _saved(given: dict[str, Any], folder: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(
+            f"towers: mlrm: pretrained: {folder} holds no config.json; give the folder of a model that transformers has saved"
+        )
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for name, value in given.items():
+            if getattr(found, name, None) != value:
+                raise ConfigError(
+                    f"towers: mlrm: llm.{name} {value!r}: the model in {folder} has {getattr(found, name, None)!r}; give the same"
+                )
+        keep = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+        return AutoModel.from_pretrained(folder, config=found, **keep)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"towers: mlrm: pretrained: {folder}: cannot be loaded from safetensors files: {str(error)[:300]}") from None

@@ -20,9 +20,9 @@ LIMITS = {"title": 20, "topic": 10, "content": 80}  # characters, topics, charac
 
 
 class TokensConfig(Strict):
-    """The tokens that a prompt needs beside words. With an inline `llm` a BPE is trained from the texts, and holds them."""
+    """The tokens that a prompt needs beside words. Where the LLM is not pretrained a BPE is trained from the texts, and holds them."""
 
-    vocab_size: int = Field(2048, ge=300, description="of the BPE for an inline llm")
+    vocab_size: int = Field(2048, ge=300, description="of that BPE")
     image: str = Field("<IMG>", description="stands where the image's tokens go")
     answer: str = Field("<IMG_EMB>", description="mICL's slot for the compressed image")
     pad: str = Field(PAD, description="fills up on the right; for Llama </s>, for Qwen <|endoftext|>")
@@ -33,23 +33,23 @@ class TokensConfig(Strict):
         return (self.image, self.answer, self.pad)
 
 
-def write_tokenizer(tokens: TokensConfig, llm: str | None, captions: Callable[[], Iterable[str]], path: Path) -> None:
-    """Writes the run's own copy of the tokenizer: that of the folder `llm`, or one trained from the captions and the prompt's words.
+def write_tokenizer(tokens: TokensConfig, pretrained: str | None, captions: Callable[[], Iterable[str]], path: Path) -> None:
+    """Writes the run's own copy of the tokenizer: that of the folder `pretrained`, or one trained from the captions and the prompt's words.
 
     Raises ConfigError where the folder has none, or it lacks a token and `tokens.add` is off.
     """
     from tokenizers import Tokenizer
 
-    if llm is None:
+    if pretrained is None:
         words = [f"Note: {{{COMPRESS}", "title topic content image null"] * 1000  # often enough that each becomes a token or two
         train_bpe((text for part in (captions(), words) for text in part), tokens.vocab_size - len(tokens.names()), path)
-    elif not (Path(llm) / "tokenizer.json").is_file():
-        raise ConfigError(f"towers: mlrm: {llm}: has no tokenizer.json; give the folder of a model that transformers has saved")
-    tokenizer = Tokenizer.from_file(str(path if llm is None else Path(llm) / "tokenizer.json"))
+    elif not (Path(pretrained) / "tokenizer.json").is_file():
+        raise ConfigError(f"towers: mlrm: {pretrained}: has no tokenizer.json; give the folder of a model that transformers has saved")
+    tokenizer = Tokenizer.from_file(str(path if pretrained is None else Path(pretrained) / "tokenizer.json"))
     missing = [name for name in tokens.names() if tokenizer.token_to_id(name) is None]
-    if missing and llm is not None and not tokens.add:
+    if missing and pretrained is not None and not tokens.add:
         raise ConfigError(
-            f"towers: mlrm: the tokenizer of {llm} has no token {' and no '.join(map(repr, missing))}; name spare ones of it in tokens.image, "
+            f"towers: mlrm: the tokenizer of {pretrained} has no token {' and no '.join(map(repr, missing))}; name spare ones of it in tokens.image, "
             f"tokens.answer and tokens.pad, or add them with tokens.add: true"
         )
     tokenizer.add_special_tokens(missing)

@@ -47,6 +47,10 @@ class TowerConfig(Component):
         """Those of `files` that belong to a part of its weights, by the part's name; "" is the whole tower."""
         return self.files()
 
+    def untrained(self) -> "TowerConfig":
+        """The same with random weights: what a dry run builds and counts without any file."""
+        return self.model_copy(update={"pretrained": None} if "pretrained" in type(self).model_fields else {})
+
     def build(self, folder: Path) -> "Tower":
         """The tower with its initial weights, in float32 on the CPU."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")

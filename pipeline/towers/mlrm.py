@@ -28,8 +28,11 @@ class Config(TowerConfig):
     weights come from a stage-1 run, init_from.towers: {student.vision: student.model.visual}, or from vision.pretrained.
     """
 
-    llm: str | dict[str, Any] = Field(
-        description="folder of a causal LLM that transformers has saved, or an inline config with model_type for random weights"
+    llm: dict[str, Any] = Field(
+        {"model_type": "llama"}, description="model_type and the settings of its transformers config; llama's defaults are those of 7B"
+    )
+    pretrained: str | None = Field(
+        None, description="folder of that model as transformers saves it: config.json, tokenizer.json, safetensors; null: random weights"
     )
     tokens: TokensConfig = TokensConfig()
     vision: OpenClipConfig = Field(
@@ -45,8 +48,8 @@ class Config(TowerConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        if isinstance(self.llm, dict) and "model_type" not in self.llm:
-            raise ValueError(f"an inline llm needs model_type, such as llama; it has {', '.join(self.llm) or 'nothing'}")
+        if "model_type" not in self.llm:
+            raise ValueError(f"llm needs model_type, such as llama; it has {', '.join(self.llm) or 'nothing'}")
         if not self.visual_tokens and (self.prompt == "micl" or not self.late_fusion):
             raise ValueError("visual_tokens: 0 needs prompt: basic and late_fusion: true; otherwise nothing of the image is left")
         return self
@@ -58,13 +61,16 @@ class Config(TowerConfig):
         return (*SIDES, *(("visual", "related_visual") if self.prompt == "micl" else ()), "scale")
 
     def prepare(self, data: TowerData) -> None:
-        write_tokenizer(self.tokens, self.llm if isinstance(self.llm, str) else None, data.captions, data.folder / FILE)
+        write_tokenizer(self.tokens, self.pretrained, data.captions, data.folder / FILE)
 
     def files(self) -> tuple[str, ...]:
         return (FILE,)
 
     def files_of(self, part: str) -> tuple[str, ...]:
         return () if part.split(".")[0] == "vision" else self.files()
+
+    def untrained(self) -> "Config":
+        return super().untrained().model_copy(update={"vision": self.vision.untrained()})
 
     def _prompt(self, folder: Path) -> Prompt:
         return Prompt(folder / FILE, self.tokens, self.prompt, bool(self.visual_tokens), self.context)
@@ -87,9 +93,9 @@ class Mlrm(Tower):
         self.vision = vision_tower(config.vision)
         width = self.vision.transformer.width
         self.patches = len(self.vision.positional_embedding)  # with the class token; here, for under ZeRO-3 the parameter is empty
-        places = Places(prompt.pad, prompt.image_at, prompt.answer_at)
+        places = Places(prompt.pad, prompt.image_at, prompt.answer_at, prompt.text_at, len(prompt.tail))
         sizes = {"tokens": config.visual_tokens, "late_fusion": config.late_fusion, "embed_dim": config.embed_dim}
-        llm = language_model(config.llm, prompt.vocab_size, config.gradient_checkpointing)
+        llm = language_model(config.llm, config.pretrained, prompt.vocab_size, config.gradient_checkpointing)
         self.items = ItemEncoder(llm, places, config.connector, width, **sizes)
         self.logit_scale = nn.Parameter(torch.full((1,), 3.0))  # the published start, a scale of 20
         preprocess = config.vision.preprocess_config()

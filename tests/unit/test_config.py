@@ -256,7 +256,8 @@ def variants(field: FieldInfo) -> list[Any]:
     parts = [field.annotation, *typing.get_args(field.annotation)]
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
     parts_of = [{"mean": [0.1] * 3}, {"kind": "bpe"}, {"scale": [0.5, 1.0]}, {"num_mels": 40}, {"frames": 16}, INPUTS, {"text": "caption"}]
-    nested = [*parts_of, MEMBERS, {"layers": 3}, {"vocab_size": 400}, {"model": "ViT-B-32"}, {"start": 1.0, "end": 0.25, "visits": 4.0}]
+    models = [{"layers": 3}, {"vocab_size": 400}, {"model": "ViT-B-32"}, {"model_type": "gpt2"}]
+    nested = [*parts_of, MEMBERS, *models, {"start": 1.0, "end": 0.25, "visits": 4.0}]
     return [*literals, True, False, 4, 2, 8, 7, 301, 304, 0.25, "text", "vit", "ViT-B-32", *nested]
 
 

@@ -225,7 +225,7 @@ def test_a_tokenizer_without_the_tokens_is_refused_or_extended_at_the_mean(folde
     known = json.loads((folder / FILE).read_text())
     lacking = [token for token in known["added_tokens"] if token["content"] not in ("<IMG>", "<IMG_EMB>")]
     (llm / "tokenizer.json").write_text(json.dumps(known | {"added_tokens": lacking}))
-    given = {"llm": str(llm), "tokens": {"vocab_size": 420}}
+    given = {"pretrained": str(llm), "tokens": {"vocab_size": 420}}
     with pytest.raises(ConfigError, match="has no token '<IMG>' and no '<IMG_EMB>'.*tokens.add: true"):
         config(**given).prepare(TowerData(tmp_path, CAPTIONS.copy))
     given["tokens"] |= {"add": True, "image": "<picture>", "pad": "<another>"}
@@ -238,7 +238,12 @@ def test_a_tokenizer_without_the_tokens_is_refused_or_extended_at_the_mean(folde
     with pytest.raises(ConfigError, match="part of the prompt itself"):
         Prompt(folder / FILE, TokensConfig(pad="<IMG>"), "micl", True, 8)
     with pytest.raises(ConfigError, match="holds no config.json"):
-        tower(folder, llm=str(tmp_path / "nowhere"))
+        tower(folder, pretrained=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="llm.hidden_size 64: the model in .* has 32"):
+        tower(tmp_path, **given, llm=LLM | {"hidden_size": 64})
+    (llm / "model.safetensors").rename(llm / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be loaded from safetensors"):
+        tower(tmp_path, **given)
 
 
 @pytest.mark.parametrize(

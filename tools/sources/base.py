@@ -23,12 +23,12 @@ class Plan(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One image, encoded, and its true caption; `more` holds further members by extension, such as `line.png` or `json`."""
+    """One image, encoded, and its true caption; `more` holds further members by extension, such as `line.png` or `json`. None: it has none."""
 
     extension: str
-    image: bytes
-    caption: str
-    more: Mapping[str, bytes] = MappingProxyType({})
+    image: bytes | None
+    caption: str | None
+    more: Mapping[str, bytes | None] = MappingProxyType({})
 
 
 class Source(ABC):

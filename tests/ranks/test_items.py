@@ -1,0 +1,56 @@
+"""The item tower on two ranks, sharded with everything on the host, and killed: the losses of one process, and no step lost."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import to_yaml
+from tests.items import clip, config, pairs  # noqa: F401, fixtures
+from tests.ranks.test_ranks import free_port
+from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
+
+
+def command(shards: Path, out: Path, clip: Path, **given: object) -> list[str]:  # noqa: F811
+    """The command line of an item run."""
+    path = out.with_suffix(".yaml")
+    path.write_text(to_yaml(config(shards, out, clip, **given)), encoding="utf-8")
+    return ["train", str(path)]
+
+
+@pytest.mark.slow
+def test_two_ranks_and_all_on_the_host_train_like_one_process(
+    launcher: Launcher,
+    pairs: Path,  # noqa: F811
+    clip: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    launcher.run(command(pairs, tmp_path / "alone", clip))
+    expected = losses(tmp_path / "alone")
+    assert len(expected) == 6 and expected[-1][1] < expected[0][1]
+    everything = {"precision": "fp32", "threads": 1, "zero": {"stage": 3, "persist_below": 100, "offload": "all"}}
+    for name, given in {"ranks": {}, "host": {"engine": everything}}.items():
+        for child in launcher.ranks(2, command(pairs, tmp_path / name, clip, **given), free_port()):
+            child.finish()
+        found = losses(tmp_path / name)
+        assert [step for step, *_ in found] == [step for step, *_ in expected]
+        for (_, loss, norm), (_, other, its_norm) in zip(found, expected):
+            assert loss == pytest.approx(other, abs=2e-5) and norm == pytest.approx(its_norm, rel=1e-3), name
+        assert json.loads((tmp_path / name / "facts.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_item_run_resumes_bit_for_bit(launcher: Launcher, pairs: Path, clip: Path, tmp_path: Path) -> None:  # noqa: F811
+    saves = {"steps": 30, "checkpoint": {"every": 4}}
+    launcher.run(command(pairs, tmp_path / "whole", clip, **saves))
+    again = command(pairs, tmp_path / "killed", clip, **saves)
+    for steps in (6, 15):
+        child = launcher.start(again)
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        wait_for(lambda: child.poll() is not None or (metrics.exists() and len(losses(metrics.parent)) >= steps), f"{steps} steps", every=0.02)  # noqa: B023
+        assert child.kill(signal.SIGKILL), child.output()
+        child.wait()
+        assert last_checkpoint(tmp_path / "killed")
+    launcher.run(again)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
