@@ -105,7 +105,7 @@ def _already(out: Output) -> str:
         sizes = storage.sizes_in(out.url)
         if any(sizes.get(name) != size or name.replace(".tar", ".stats.json") not in sizes for name, size in shards):
             return ""
-        if out.options["noise"] and TRUTH not in sizes:
+        if (out.options["noise"] or out.options.get("natural")) and TRUTH not in sizes:
             return ""
     return f"{out.url}: nothing to do, all {len(shards)} shards are there"
 
@@ -119,7 +119,7 @@ def _other(out: Output, theirs: dict) -> str:
 
 def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
     plan = source.plan(options.seed, options.noise > 0, _WINDOW * options.shard_size)
-    count, given = len(plan.rows), None
+    count, given, noisy = len(plan.rows), plan.given, plan.noisy
     if options.noise:
         assert plan.captions is not None
         usable = [at for at, caption in enumerate(plan.captions) if caption.strip()]
@@ -129,6 +129,7 @@ def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
                 given[at] = plan.captions[usable[other]]
         except ValueError as error:
             raise DataError(str(error)) from None
+        noisy = [a != b for a, b in zip(plan.captions, given)]
     tasks = []
     for number, start in enumerate(range(0, count, options.shard_size)):
         end = min(start + options.shard_size, count)
@@ -137,21 +138,20 @@ def _write_all(out: Output, source: Source, options: argparse.Namespace) -> str:
     if options.part:
         return said
     if given is not None:
-        storage.write_bytes(storage.join(out.url, TRUTH), _truth(out, plan.captions, given))
+        storage.write_bytes(storage.join(out.url, TRUTH), _truth(out, plan.captions, given, noisy))
     if notice := source.notice():
         storage.write_bytes(storage.join(out.url, "NOTICE.txt"), notice.encode())
     return f"{said}\n{about}" if (about := source.about()) else said
 
 
-def _truth(out: Output, captions: list[str], given: list[str]) -> bytes:
-    """truth.parquet: which samples of the index got a caption of another name. The key of a sample is its position in the plan."""
+def _truth(out: Output, captions: list[str], given: list[str], noisy: list[bool | None]) -> bytes:
+    """truth.parquet: which samples of the index have a wrong caption, those left out of which nobody knows. A key is the position in the plan."""
     keys = storage.read_parquet(storage.join(out.url, FILE), ["sample", "key"])
     at = [int(key) for key in keys["key"].to_pylist()]
     true, told = [captions[i] for i in at], [given[i] for i in at]
-    noisy = [a != b for a, b in zip(true, told)]
-    return part_bytes(
-        keys.append_column("noisy", pa.array(noisy)).append_column("caption", pa.array(true)).append_column("given", pa.array(told))
-    )
+    wrong = pa.array([noisy[i] for i in at], pa.bool_())
+    table = keys.append_column("noisy", wrong).append_column("caption", pa.array(true)).append_column("given", pa.array(told))
+    return part_bytes(table.filter(wrong.is_valid()))
 
 
 def _run(out: Output, tasks: Sequence[Task], source: Source | None, options: argparse.Namespace) -> str:

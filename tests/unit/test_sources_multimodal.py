@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from PIL import Image
@@ -160,3 +161,44 @@ def test_tuxpaint_variants_are_in_one_split_and_a_wrong_folder_is_named(tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no stamps there"):
         make("tuxpaint", tmp_path / "x", "--stamps", tmp_path / "empty")
+
+
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:dc="http://purl.org/dc/elements/1.1/" width="30" height="30">'
+    '<metadata><dc:title>{title}</dc:title></metadata><rect width="5" height="5"/></svg>'
+)
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    """Drawings as Open Clip Art has them: right titles, copied ones, none, links and stars."""
+    folder = tmp_path / "svg"
+    titles = {f"animals/{bird}_{n}": f"Big {bird.title()}s" if n else "Part of a Collection" for bird in BIRDS for n in (0, 1)}
+    for path, title in (titles | {"shapes/stars/star1": "star", "food/pie": "", "food/12": "Twelve"}).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{path}.svg").write_text(SVG.format(title=title))
+    (folder / "food" / "cake.svg").symlink_to("pie.svg")
+    return folder
+
+
+def test_openclipart_knows_by_the_file_names_which_titles_are_copied(tmp_path: Path, drawings: Path) -> None:
+    given = ("--svg", drawings, "--size", 16)
+    said = make("openclipart", tmp_path / "train", *given)
+    assert "public domain" in said and "links 1, no_title 1, procedural_stars 1" in said and "unclear 1" in said
+    captions = [one["txt"].decode() for one in samples(tmp_path / "train")]
+    truth = pq.read_table(tmp_path / "train" / "truth.parquet").to_pylist()
+    assert len(truth) == len(captions) - 1  # of 12.svg nobody knows
+    for row in truth:
+        assert captions[row["sample"]] == row["given"] and row["noisy"] == (row["given"] == "Part of a Collection")
+        assert row["caption"].split()[0] in BIRDS
+    make("openclipart", tmp_path / "test", *given, "--split", "test", "--captions", "name")
+    names = {one["txt"].decode().split()[0] for one in samples(tmp_path / "test")}
+    assert names and not names & {row["caption"].split()[0] for row in truth} and not (tmp_path / "test" / "truth.parquet").exists()
+    make("openclipart", tmp_path / "unique", *given, "--unique")
+    unique = [one["txt"].decode() for one in samples(tmp_path / "unique")]
+    assert sorted(unique) == sorted(set(captions))
+    (tmp_path / "train" / "truth.parquet").unlink()
+    make("openclipart", tmp_path / "train", *given)
+    assert len(pq.read_table(tmp_path / "train" / "truth.parquet")) == len(truth)
+    with pytest.raises(DataError, match="noise of their own"):
+        make("openclipart", tmp_path / "x", *given, "--noise", 0.2)

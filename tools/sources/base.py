@@ -16,10 +16,13 @@ from pipeline.data.errors import BadSample, DataError
 
 class Plan(NamedTuple):
     """The samples of a data set in the order in which they are written. rows: int64 [N], ids of the source.
-    captions: their true captions where the source knows them beforehand (noise needs them), else None."""
+    captions: their true captions where the source knows them beforehand (noise needs them), else None.
+    given, noisy: where the source has noise of its own, the captions that are written, and which of them are wrong; None: nobody knows."""
 
     rows: np.ndarray
     captions: list[str] | None
+    given: list[str] | None = None
+    noisy: list[bool | None] | None = None
 
 
 class Pair(NamedTuple):

@@ -7,9 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
+from tools.sources._debian import fetched
 from tools.sources.base import Pair, Plan, add_set_arguments, on_white, shuffled, split_of
 from tools.sources.base import Source as Base
 
@@ -55,7 +53,7 @@ class Source(Base):
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.languages = tuple(sorted({language.strip() for language in options.languages.split(",")} - {""}))
-        self.folder = str(Path(options.stamps).absolute() if options.stamps else fetched())
+        self.folder = str(Path(options.stamps).absolute() if options.stamps else fetched(PACKAGE, LICENCE, 161, _INSIDE, "--stamps"))
         if not os.path.isdir(self.folder):
             raise DataError(f"--stamps {self.folder}: no such folder; expected one with animals/, food/ and others, such as /{_INSIDE}")
 
@@ -102,33 +100,6 @@ class Source(Base):
             f"licence {LICENCE}; recordings in this split: {', '.join(f'{m} {n}' for m, n in sorted(have.items()))}; "
             f"not taken: {', '.join(f'{cause} {count}' for cause, count in sorted(left.items()))}"
         )
-
-
-def fetched() -> Path:
-    """The folder of stamps in the cache; downloaded and unpacked, not installed, on first use. Raises DataError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dissect-pipeline" / PACKAGE
-    if cache.is_dir():
-        return cache / _INSIDE
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{PACKAGE}-", dir=cache.parent))
-    try:
-        print(f"{PACKAGE}: fetching 161 MB into {cache} (licence {LICENCE})", flush=True)
-        _run(["apt-get", "download", PACKAGE], place)
-        _run(["dpkg-deb", "-x", str(next(place.glob("*.deb"))), str(place / "x")], place)
-        (place / "x").replace(cache)
-    finally:
-        shutil.rmtree(place)
-    return cache / _INSIDE
-
-
-def _run(command: list[str], folder: Path) -> None:
-    mend = f"Run apt-get update first, or unpack the Debian package {PACKAGE} by hand and give its folder {_INSIDE} as --stamps"
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise DataError(f"{command[0]}: there is no such program here. {mend}") from None
-    if done.returncode:
-        raise DataError(f"{' '.join(command[:3])}: {(done.stderr.strip() or 'failed').splitlines()[-1]}. {mend}")
 
 
 @functools.cache
