@@ -32,6 +32,8 @@ from pipeline.distributed.stop import Stop, StopConfig
 from pipeline.distributed.views import View
 from pipeline.distributed.watchdog import Watchdog, WatchdogConfig
 from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
+from pipeline.evaluation.student import classifies
+from pipeline.evaluation.watched import PeriodicStudent
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
@@ -181,7 +183,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, watch)
     trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
-        trainer.evaluate = Periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
+        periodic = PeriodicStudent if classifies(config.towers) else Periodic
+        trainer.evaluate = periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
         trainer.evaluate_every = config.evaluation.every
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)

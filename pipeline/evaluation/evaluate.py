@@ -26,7 +26,6 @@ from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
 from pipeline.evaluation.segmentation import segments
 from pipeline.evaluation.selection_quality import read_log, selection_quality
-from pipeline.evaluation.student import classifies
 from pipeline.evaluation.zero_shot import class_features, prompts, zero_shot
 from pipeline.types import Batch
 
@@ -185,32 +184,40 @@ def write_result(folder: Path, values: dict[str, Any]) -> None:
 
 
 class Periodic:
-    """Evaluation while training: a line in the metrics, and `best/` with the weights of the best zero-shot (else retrieval) figure."""
+    """Evaluation while training: a line in the metrics, and `best/` with the weights of the best first figure (zero-shot, else retrieval)."""
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        if classifies(config.towers) or segments(config.towers) or relates(config.towers):
+        if segments(config.towers) or relates(config.towers):
             raise ConfigError(
-                "evaluation.every: a student that classifies, segments or relates items is evaluated at the end, by python -m pipeline "
-                "evaluate; set it to 0"
+                "evaluation.every: a student that segments or relates items is evaluated at the end, by python -m pipeline evaluate; set it to 0"
             )
         self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
         here = engine.comm.rank == 0 or self.together
-        self.held = HeldOut.open(config.evaluation, config.data, lambda: set(sources.captions())) if here else None
+        self.held = self.open(config, sources, decoders) if here else None
+
+    def open(self, config: Any, sources: Sources, decoders: dict[str, Decoder]) -> Any:
+        """The held-out shards. Raises ConfigError, DataError."""
+        return HeldOut.open(config.evaluation, config.data, lambda: set(sources.captions()))
 
     def __call__(self, step: int) -> None:
         """Rank 0 evaluates; the others meet it at the next collective (in ZeRO's stage 3 they evaluate with it)."""
         if self.held is None:
             return
         began = time.perf_counter()
-        result, _ = measure(self.held, self.config, self.decoders, self.engine.features, self.engine.device)
-        figures = {f"zero_shot_{k}": result["zero_shot"][k] for k in ("top1", "top5")} if "zero_shot" in result else {}
-        if "retrieval" in result:
-            figures |= {f"{way}_r1": result["retrieval"][way]["r1"] for way in ("image_to_text", "text_to_image")}
+        figures = self.figures()
         self.record.event(
             {"step": step, "eval": figures, "eval_seconds": time.perf_counter() - began} | {f"eval/{k}": v for k, v in figures.items()}
         )
         self._keep_best(step, figures)
+
+    def figures(self) -> dict[str, float]:
+        """What is recorded; the first one decides which weights are the best."""
+        result, _ = measure(self.held, self.config, self.decoders, self.engine.features, self.engine.device)
+        figures = {f"zero_shot_{k}": result["zero_shot"][k] for k in ("top1", "top5")} if "zero_shot" in result else {}
+        if "retrieval" in result:
+            figures |= {f"{way}_r1": result["retrieval"][way]["r1"] for way in ("image_to_text", "text_to_image")}
+        return figures
 
     def _keep_best(self, step: int, figures: dict[str, float]) -> None:
         best, name = self.folder / "best", next(iter(figures), None)

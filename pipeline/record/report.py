@@ -12,8 +12,9 @@ from markupsafe import Markup
 from pipeline.config import ConfigError
 from pipeline.record import plots
 from pipeline.record.compared import read
+from pipeline.record.curves import distillation_plots, evaluation_plots, series_of
 from pipeline.record.images import contact_sheets, data_uri, load_pairs
-from pipeline.record.plots import Plot, Series, finite
+from pipeline.record.plots import Plot, Series
 from pipeline.record.runs import UNREADABLE, Run, dig, label, load_run, number, read_part
 from pipeline.record.tables import comparison, facts, headline, percent
 from pipeline.record.warmup import warmup_plot
@@ -69,25 +70,14 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
         *_drift_plots(runs),
         warmup_plot(runs),
         _rate_plot(runs),
-        _evaluation_plot(runs),
-        *_distillation_plots(runs),
+        *evaluation_plots(runs),
+        *distillation_plots(runs),
     ]
     return [plot for plot in found if plot is not None]
 
 
-def _series(runs: Sequence[Run], key: str) -> list[Series]:
-    series = []
-    for run in runs:
-        lines = [line for line in run.metrics if number(line.get(key)) is not None]
-        if lines:
-            after = [line["step"] for line in lines if (number(line.get("visit")) or 0) >= (run.warmup_visits or 0)]
-            end = min(after) if run.warmup_visits and after else None
-            series.append(Series(run.label, [line["step"] for line in lines], finite([line[key] for line in lines]), run.number, end))
-    return series
-
-
 def _loss_plot(runs: Sequence[Run]) -> Plot | None:
-    series = _series(runs, "loss")
+    series = series_of(runs, "loss")
     if not series:
         return None
     ends = ", ".join(f"{one.label} {one.y[-1]:.2f}" for one in series)
@@ -137,7 +127,7 @@ def _drift_plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def _rate_plot(runs: Sequence[Run]) -> Plot | None:
-    series = _series(runs, "candidates_per_second")
+    series = series_of(runs, "candidates_per_second")
     if not series:
         return None
     medians = ", ".join(f"{one.label} {sorted(one.y)[len(one.y) // 2]:,.0f}" for one in series)
@@ -147,91 +137,6 @@ def _rate_plot(runs: Sequence[Run]) -> Plot | None:
     caption += f" Waiting for data took {percent(waits[len(waits) // 2])} of the time (median)." if waits else ""
     svg = plots.lines("rate", series, xlabel="step", ylabel="candidates per second", smooth=True, floor=0)
     return Plot("Throughput", svg, caption, f"Line chart of candidates per second over steps. Medians: {medians}.")
-
-
-def _evaluation_plot(runs: Sequence[Run]) -> Plot | None:
-    series = []
-    for run in runs:
-        points = [(line["step"], number(dig(line["eval"], "zero_shot_top1", "zero_shot.top1", "top1"))) for line in run.evaluations]
-        points = [(step, top1) for step, top1 in points if top1 is not None]
-        if len(points) > 1:
-            series.append(Series(run.label, [step for step, _ in points], [top1 for _, top1 in points], run.number))
-    if not series:
-        return None
-    last = ", ".join(f"{one.label} {percent(one.y[-1])}" for one in series)
-    svg = plots.lines("evaluation", series, xlabel="step", ylabel="zero-shot top-1", percent=True, floor=0)
-    return Plot(
-        "Zero-shot accuracy on the way",
-        svg,
-        f"On held-out images. Last: {last}.",
-        f"Line chart of zero-shot top-1 over steps. Last: {last}.",
-    )
-
-
-# what an objective of stage 2 tells of itself: suffix of its key, title, axis, caption, chance
-_TELEMETRY = (
-    (
-        "information_teacher_student",
-        "I(T;S), teacher and student",
-        "nats, lower bound",
-        "High is no proof of a good student: a teacher that sinks to the student's level has it too. Read it with I(T;A).",
-        None,
-    ),
-    (
-        "information_teacher_auxiliary",
-        "I(T;A), teacher and auxiliary modality",
-        "nats, lower bound",
-        "What the teacher keeps of what the student cannot see. A fall means that the teacher goes weak.",
-        None,
-    ),
-    (
-        "teacher_to_guess",
-        "H(T|S): the teacher's rows and their guess from the student's",
-        "squared distance",
-        "Of unit rows: 0 is a perfect guess, 2 says that they have nothing to do with each other.",
-        None,
-    ),
-    (
-        "critic_accuracy",
-        "The critic's accuracy",
-        "share told apart",
-        "Of teacher's rows from guesses. Near 1 the student gets no gradient from it, near one half there is nothing left to tell.",
-        0.5,
-    ),
-    ("agreement", "Agreement with the teacher", "share of rows", "Rows of which student and teacher name the same class.", None),
-    ("cosine", "Features like the teacher's", "mean cosine", "Of the student's rows, after the projector, with the teacher's.", None),
-)
-
-
-def _distillation_plots(runs: Sequence[Run]) -> list[Plot]:
-    """A chart of each thing that objectives of stage 2 tell, and of the training accuracy of a teacher that is trained along."""
-    found = []
-    for suffix, title, ylabel, caption, chance in _TELEMETRY:
-        series = [one for run in runs for key in _keys(run, suffix)[:1] for one in _series([run], key)]
-        found.append(_telemetry_plot(suffix, series, title, ylabel, caption, chance))
-    series = [one for run in runs for key in _teacher_accuracies(run)[:1] for one in _series([run], key)]
-    caption = "On the rows that were trained. It sees more than the student: where it falls to the student's level it has gone weak."
-    found.append(_telemetry_plot("teacher", series, "The online teacher's accuracy", "share right", caption, None))
-    return [plot for plot in found if plot is not None]
-
-
-def _keys(run: Run, suffix: str) -> list[str]:
-    """The keys of a run's last line that end in `.suffix`, in the order of its objectives."""
-    return [key for key in (run.metrics[-1] if run.metrics else {}) if key.endswith(f".{suffix}")]
-
-
-def _teacher_accuracies(run: Run) -> list[str]:
-    objectives = dig(run.config, "objectives")
-    pairs = objectives.items() if isinstance(objectives, dict) else ()
-    return [f"{name}.accuracy" for name, one in pairs if isinstance(one, dict) and str(one.get("feature", "")).startswith("teacher.")]
-
-
-def _telemetry_plot(name: str, series: list[Series], title: str, ylabel: str, caption: str, chance: float | None) -> Plot | None:
-    if not series:
-        return None
-    ends = ", ".join(f"{one.label} {one.y[-1]:.2f}" for one in series)
-    svg = plots.lines(name, series, xlabel="step", ylabel=ylabel, chance=chance, smooth=True)
-    return Plot(title, svg, f"{caption} Last: {ends}.", f"Line chart of {title} over steps. Last values: {ends}.")
 
 
 def _missing_plots(runs: Sequence[Run]) -> list[str]:

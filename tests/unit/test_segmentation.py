@@ -171,7 +171,7 @@ def test_a_run_is_trained_evaluated_and_reported_and_its_encoder_goes_on(shards:
     before, after = (load_file(last_checkpoint(path) / "model.safetensors") for path in (run, tmp_path / "transfer"))
     encoder = [name for name in after if ".encoders." in name]
     assert encoder and all(torch.equal(after[name], before[name]) for name in encoder)  # batch norm's statistics too
-    refused(tiny(shards, tmp_path / "x", "evaluation.every=2"), ConfigError, "classifies or segments is evaluated at the end")
+    refused(tiny(shards, tmp_path / "x", "evaluation.every=2"), ConfigError, "segments or relates items is evaluated at the end")
     refused(tiny(shards, tmp_path / "y", "towers.student.encoder=resnet51"), ConfigError, "Did you mean 'resnet50'")
 
 
