@@ -16,7 +16,7 @@ from tools.sources.base import Source as Base
 CLASSES, SEASONS, BANDS = 5, 4, {"s1": 2, "s2": 4}
 SCENES = {"train": 192, "test": 64}
 PRIOR_SIGMA = 1.0  # the paper's 3 pixels are for maps of 256; these have 32
-_SPECKLE, _HAZE, _CLOUDS = 1.2, 0.9, 0.15  # noise of s1 and of s2, where the circles' radius is 1.5; share of s2 that clouds hide
+_SPECKLE, _HAZE, _CLOUDS = 1.0, 0.35, 0.15  # noise of s1 and of s2, where the circles' radius is 1.5; share of s2 that clouds hide
 _COARSE, _FINE = 3.0, 2.0  # pixels: how smooth the land is, and regions of wrong labels and clouds
 _FOLLOWS = 0.8  # share of the wrong labels that say the next class; the others are drawn
 # the classes stand on circles, on s2's second one in another order: which are alike differs between the sensors
