@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.errors import DataError
 from pipeline.data.maps import IGNORE
 from pipeline.evaluation.student import forwards
 from pipeline.task import MAIN
@@ -56,4 +57,8 @@ def measure_segmentation(run: Any, url: str, *, batch: int = 64, workers: int = 
         for name in tower.sensors:
             one = confusion(found[f"{name}.logits"][rows.valid], rows.fields[tower.label][rows.valid])
             matrices[name] = matrices.get(name, 0) + one.cpu()
+    if not all(matrix.sum() for matrix in matrices.values()):
+        raise DataError(
+            f"{url}: no pixel has a label in the field {tower.label!r}; give held-out shards with members {tower.label}.png or .npy"
+        )
     return {"images": images, "segmentation": {name: scores(matrix) for name, matrix in matrices.items()}}

@@ -57,7 +57,7 @@ def class_balanced_mask(confidence: Tensor, label: Tensor, keep: Tensor | float,
     keep = torch.as_tensor(keep, dtype=torch.float64, device=flat.device)
     counts = torch.stack([(of == k).sum() for k in range(classes)])  # bincount would wait for the device
     kept = (counts * keep).long()
-    best = flat.argsort(descending=True)
+    best = flat.argsort(descending=True, stable=True)
     ranked = flat[best[of[best].argsort(stable=True)]]  # class after class, the most confident first
     last = ranked[(counts.cumsum(0) - counts + kept - 1).clamp(0, len(flat) - 1)]
     threshold = torch.where(kept > 0, last, torch.inf)[of.clamp_max(classes - 1)]

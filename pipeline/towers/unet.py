@@ -128,9 +128,19 @@ def _encoder(config: Config, bands: int) -> nn.Module:
         known = ("plain", *encoders, "tu-... (any of timm)")
         raise ConfigError(f"towers: unet: {unknown('encoder', config.encoder, known)}")
     try:
-        return get_encoder(config.encoder, in_channels=bands, depth=config.depth, weights=None)
+        encoder = get_encoder(config.encoder, in_channels=bands, depth=config.depth, weights=None)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"towers: unet: encoder {config.encoder!r} with depth {config.depth} cannot be built: {error}") from None
+    return encoder if config.depth == 5 else _without_unused(encoder, bands)
+
+
+def _without_unused(encoder: nn.Module, bands: int) -> nn.Module:
+    """The library builds all five levels at any depth: those that give nothing are not trained, for DDP would wait for their gradients."""
+    sum(feature.sum() for feature in encoder.eval()(torch.zeros(1, bands, 64, 64))[1:]).backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    return encoder.train()
 
 
 class Plain(nn.Module):

@@ -179,6 +179,17 @@ def test_late_fusion_shares_nothing_and_middle_fusion_its_decoder_and_head(fusio
     assert len(net.state_dict()) == len({value.data_ptr() for value in net.state_dict().values()})  # nothing is saved twice
 
 
+def test_an_encoder_of_the_library_trains_the_levels_that_are_used_and_no_other() -> None:
+    given = {"sensors": {"s1": 2}, "classes": K, "encoder": "resnet18", "depth": 3, "decoder_width": 4, "image_size": 32}
+    net = parse(unet.Config, given, "test").build(None)
+    out = net({"s1": torch.zeros(2, 2, 30, 32)})["s1.logits"]  # sides need not be multiples of anything
+    assert out.shape == (2, K, 30, 32)
+    out.square().sum().backward()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in net.named_parameters() if p.grad is not None} and "encoders.s1.layer2.0.conv1.weight" in trained
+    assert not any(".layer3." in name or ".layer4." in name for name in trained)
+
+
 def test_uniform_predictions_and_maps_without_a_label_give_zero_and_no_nan() -> None:
     logits, batch = problem()
     uniform = torch.full((2, K, SIDE, SIDE), 1 / K, dtype=torch.float64)
