@@ -97,9 +97,10 @@ def _as_if_trained(config: RunConfig, before: Mapping[Path, RunConfig]) -> Itera
 class Model(NamedTuple):
     """What the towers cost."""
 
-    parameters: int
+    parameters: int  # that are trained
     flops: float  # of one sample's forward
     scoring: float  # of one candidate's, as `scoring` sees it: smaller images, some patches
+    frozen: int = 0  # parameters that no optimizer has
 
 
 def measure(config: RunConfig) -> Model:
@@ -108,7 +109,7 @@ def measure(config: RunConfig) -> Model:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameters, flops, scoring = 0, 0.0, 0.0
+    parameters, frozen, flops, scoring = 0, 0, 0.0, 0.0
     with TemporaryDirectory() as made_up:
         for tower in config.towers.values():
             tower = tower.untrained()
@@ -119,14 +120,17 @@ def measure(config: RunConfig) -> Model:
             with _where_it_is(), shapes_only:
                 model = tower.build(Path(made_up))  # in train mode: eval's fused attention is not seen by the counter
             parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
-            fields = {name: decoder.collate([None]) for name, decoder in tower.decoders(Path(made_up), train=False).items()}
+            frozen += sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            # evaluation may look at a sample in several views; a tower that trains from a cache alone is counted without it
+            decoders = tower.decoders(Path(made_up), train=True) or tower.decoders(Path(made_up), train=False)
+            fields = {name: decoder.collate([None]) for name, decoder in decoders.items()}
             counts = []
             for looked_at in (fields, scored_fields(config.scoring, fields, model.patch_size)):
                 with torch.no_grad(), shapes_only, FlopCounterMode(display=False) as counter:
                     model({name: shapes_only.from_tensor(value) for name, value in looked_at.items()})
                 counts.append(counter.get_total_flops())
             flops, scoring = flops + counts[0], scoring + counts[1]
-    return Model(parameters, flops, scoring)
+    return Model(parameters, flops, scoring, frozen)
 
 
 def scored_fields(config: ScoringConfig, fields: dict[str, Tensor], patch: int | None) -> dict[str, Tensor]:
@@ -149,14 +153,14 @@ def _where_it_is() -> Iterator[None]:
         torch.nn.Module.to = moved
 
 
-def zero_bytes(parameters: int, world: int) -> dict[int, dict[str, float]]:
-    """Stage -> bytes of a rank for weights, gradients and Adam's two moments, all float32 (bf16 is autocast)."""
-    whole, part = 4.0 * parameters, 4.0 * parameters / world
+def zero_bytes(parameters: int, world: int, frozen: int = 0) -> dict[int, dict[str, float]]:
+    """Stage -> bytes of a rank for weights (trained and `frozen`), gradients and Adam's two moments, all float32 (bf16 is autocast)."""
+    whole, part, weights = 4.0 * parameters, 4.0 * parameters / world, 4.0 * (parameters + frozen)
     return {
-        0: {"weights": whole, "gradients": whole, "adam": 2 * whole},
-        1: {"weights": whole, "gradients": whole, "adam": 2 * part},
-        2: {"weights": whole, "gradients": part, "adam": 2 * part},
-        3: {"weights": part, "gradients": part, "adam": 2 * part},
+        0: {"weights": weights, "gradients": whole, "adam": 2 * whole},
+        1: {"weights": weights, "gradients": whole, "adam": 2 * part},
+        2: {"weights": weights, "gradients": part, "adam": 2 * part},
+        3: {"weights": weights / world, "gradients": part, "adam": 2 * part},
     }
 
 
@@ -205,11 +209,12 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     if skip := config.data.skip:
         yield f"skip         {2 * device // TABLE_BYTES / 1e6:.2f} MB a rank, half of it on the device; at most {skip.share:.0%} of a lane's samples at a visit"
     model = measure(config)
-    yield f"model        {model.parameters / 1e6:.1f} M parameters, {model.flops / 1e9:.2f} GFLOP for a forward of one sample"
+    held = f" and {model.frozen / 1e6:.1f} M frozen ones" if model.frozen else ""
+    yield f"model        {model.parameters / 1e6:.1f} M parameters{held}, {model.flops / 1e9:.2f} GFLOP for a forward of one sample"
     yield "memory       of a rank for weights, gradients and Adam in float32; activations, autocast copies and buffers come on top"
-    for stage, parts in zero_bytes(model.parameters, world).items():
+    for stage, parts in zero_bytes(model.parameters, world, model.frozen).items():
         yield f"  ZeRO {stage}     {gb(sum(parts.values())):>10}  ({', '.join(f'{name} {gb(value)}' for name, value in parts.items())})"
-    yield f"checkpoint   {gb(12 * model.parameters + TABLE_BYTES * found.num_samples)} for weights, Adam and the score table, before compression"
+    yield f"checkpoint   {gb(12 * model.parameters + 4 * model.frozen + TABLE_BYTES * found.num_samples)} for weights, Adam and the score table, before compression"
     yield from forecast(config, model, cluster, batch, keep, (warmup, steps))
 
 

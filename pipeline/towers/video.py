@@ -89,10 +89,7 @@ class Video(Tower):
             self.adapter = AttentionPool(width, self.spatial.visual.conv1.out_channels, c.temporal_heads)
         length = c.clip.frames // c.tubelet
         self.temporal = Temporal(width, c.temporal_layers, c.temporal_heads, length, c.pool == "mean", c.token_std)
-        self.head = nn.Linear(width, c.classes) if c.classes else None
-        if self.head is not None:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(width, c.classes) if c.classes else None  # ViViT's begins at zero, which stalls short trainings
         self.spatial.requires_grad_(not c.keeps_frames)  # here, so that no optimizer and no engine ever sees the frozen part as trained
 
     def train(self, mode: bool = True) -> "Video":

@@ -14,7 +14,7 @@ from tools.sources.base import SPLITS, Pair, Plan
 from tools.sources.base import Source as Base
 
 FRAMES, SIDE, EVENT, NOISE = 32, 8, 10, 0.15
-ZERO, SCALE = 80, 96  # pixel = 80 + 96 x: room for 5 standard deviations of the noise on both sides
+ZERO, SCALE = 64, 128  # pixel = 64 + 128 x: room for 3 standard deviations of the noise on both sides
 PAIRS = tuple((a, b) for a in range(4) for b in range(4) if a != b)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 CLASSES = tuple(f"{PLACES[a]} then {PLACES[b]}" for a, b in PAIRS)
