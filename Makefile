@@ -72,7 +72,8 @@ golden: env
 bench: env
 	$(BIN)/python -m benchmarks.kernel
 	$(BIN)/python -m benchmarks.selector --name dissect
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.score_table
+	$(BIN)/python -m benchmarks.loader --peers webdataset
 	$(BIN)/python -m benchmarks.end_to_end --rate 0.2
 	$(BIN)/python -m benchmarks.checkpoint
 
