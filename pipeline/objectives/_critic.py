@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from pipeline.config import ConfigError
 from pipeline.objectives._rows import unit
 
 Mode = Literal["paired", "cond", "marginal"]
@@ -65,10 +66,10 @@ def squared_error(teacher: Tensor, guess: Tensor) -> Tensor:
 
 
 def guesser(kind: Literal["mlp", "identity"], student: int, teacher: int, hidden: int) -> nn.Module:
-    """G of the specification: from the student's rows to the teacher's. Raises ValueError where identity does not fit."""
+    """G of the specification: from the student's rows to the teacher's. Raises ConfigError where identity does not fit."""
     if kind == "identity":
         if student != teacher:
-            raise ValueError(f"amid: generator: identity needs features of one width, found {student} and {teacher}; take mlp")
+            raise ConfigError(f"amid: generator: identity needs features of one width, found {student} and {teacher}; take mlp")
         return nn.Identity()
     return mlp(student, hidden, teacher)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives._follow import FollowConfig
-from pipeline.objectives._rows import Used, feature, fresh, same_shape, unit, weight_of
+from pipeline.objectives._rows import Used, check_width, feature, fresh, same_shape, unit, weight_of
 from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
@@ -43,6 +43,9 @@ class Match(Objective):
         c = self.config
         weight = weight_of(c.name, batch, selection, c.present, c.teacher)
         student, teacher = (feature(c.name, features, batch, name, weight) for name in (c.student, c.teacher))
+        if c.projector == "linear":
+            check_width(c.name, c.student, student, "student_width", c.student_width)
+            check_width(c.name, c.teacher, teacher, "teacher_width", c.teacher_width)
         student, teacher = self.projector(student).to(teacher.dtype), teacher.detach()
         same_shape(c.name, student, teacher, (c.student, c.teacher), "set projector: linear with student_width and teacher_width")
         if c.normalise:

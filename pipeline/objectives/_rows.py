@@ -44,6 +44,14 @@ def feature(objective: str, features: dict[str, Tensor], batch: Batch, name: str
     return found if weight is None else found.masked_fill((weight == 0).view(-1, *[1] * (found.ndim - 1)), 0)
 
 
+def check_width(objective: str, name: str, value: Tensor, setting: str, columns: int) -> None:
+    """Raises ConfigError where a feature [b, d] has not the columns that a map of the objective was made for."""
+    if value.shape[-1] != columns:
+        raise ConfigError(
+            f"objectives: {objective}: {setting} is {columns}, but {name} has {value.shape[-1]} columns; set {setting}={value.shape[-1]}"
+        )
+
+
 def labels_of(objective: str, batch: Batch, name: str) -> Tensor:
     """int64 [b]; below 0 means that the row has none. Raises ConfigError where the batch has no such field."""
     if name not in batch.fields:

@@ -16,7 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives._critic import Critic, guesser, squared_error, unit_guess
 from pipeline.objectives._negatives import ContrastConfig, Contrasted, Rows
-from pipeline.objectives._rows import Used, feature, fresh, labels_of, unit, weight_of
+from pipeline.objectives._rows import Used, check_width, feature, fresh, labels_of, unit, weight_of
 from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
@@ -108,6 +108,8 @@ class Amid(Objective):
         label = labels_of("amid", batch, c.label) if c.mask_same_class else None
         rows = Rows(batch.sample, batch.visit, weight, Used.of(weight, comm), label)
         given = {side: feature("amid", features, batch, getattr(c, side), weight) for side in c.sides()}
+        for side, value in given.items():
+            check_width("amid", getattr(c, side), value, f"{side}_width", getattr(c, f"{side}_width"))
         self.telemetry = {}
         with torch.autocast(batch.sample.device.type, enabled=False):
             terms = [self._mutual(other, given, rows, comm) for other in self.contrasts]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError
 from pipeline.distributed.comm import Comm
 from pipeline.objectives._negatives import ContrastConfig, Rows
-from pipeline.objectives._rows import Used, feature, fresh, labels_of, unit, weight_of
+from pipeline.objectives._rows import Used, check_width, feature, fresh, labels_of, unit, weight_of
 from pipeline.objectives.base import Objective
 from pipeline.types import Batch, Selection
 
@@ -59,6 +59,8 @@ class Crd(Objective):
         c = self.config
         weight = weight_of("crd", batch, selection, c.present, c.teacher)
         student, teacher = (feature("crd", features, batch, name, weight) for name in (c.student, c.teacher))
+        check_width("crd", c.student, student, "student_width", c.student_width)
+        check_width("crd", c.teacher, teacher, "teacher_width", c.teacher_width)
         label = labels_of("crd", batch, c.label) if c.mask_same_class else None
         with torch.autocast(student.device.type, enabled=False):
             left, right = (

@@ -13,7 +13,7 @@ from tests.distill import AMID, THREE, command, config, live
 from tests.ranks.test_ranks import free_port
 from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
 
-STAGES = {"DDP": None, "stage 1": {"stage": 1}, "stage 2": {"stage": 2}, "stage 3": {"stage": 3, "persist_below": 100}}
+STAGES = {"DDP": None, "stage 0": {"stage": 0}, "stage 1": {"stage": 1}, "stage 2": {"stage": 2}, "stage 3": {"stage": 3, "persist_below": 100}}
 
 
 def made(digits: Path, colour: Path, out: Path, **engine: object) -> RunConfig:

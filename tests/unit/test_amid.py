@@ -58,7 +58,8 @@ def test_the_estimate_approaches_the_information_and_never_exceeds_log_b(dim: in
     found = []
     for seed in range(4):
         left, right, temperature = gaussian_pair(rows, dim, rho, seed)
-        objective = amid.Config(**SINGLE | {"temperature": temperature}).build()
+        widths = dict.fromkeys(("student_width", "teacher_width"), left.shape[1])
+        objective = amid.Config(**SINGLE | widths | {"temperature": temperature}).build()
         loss_of(objective, {"teacher.embedding": left, "embedding": right})
         found.append(objective.telemetry["information_teacher_student"].item())
     truth, estimate = -dim / 2 * math.log(1 - rho**2), sum(found) / len(found)
