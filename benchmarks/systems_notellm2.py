@@ -20,7 +20,7 @@ from pipeline.towers._item import ConnectorConfig, ItemEncoder, Places, Views, l
 
 TOPICS = STYLES = 40
 WORDS, VOCABULARY, COLUMNS, NOISE = 8, 600, 32, 1.0
-PAIRS, POOL, STEPS, TEXT_STEPS, LR, TEXT_LR = 64, 800, 300, 300, 5e-4, 2e-3
+PAIRS, POOL, STEPS, TEXT_STEPS, LR, TEXT_LR = 64, 800, 600, 300, 5e-4, 2e-3
 PAD, IMG, QUOTE, ANSWER, NOTE, FIRST = range(6)  # token ids; words begin at FIRST
 LLM = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 VARIANTS = {  # row: (prompt, visual tokens, late fusion)

@@ -95,10 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it. Of several ranks the first does it alone."""
     from pipeline.data.sources import Sources
     from pipeline.distributed.launch import leads
-    from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, write_result
-    from pipeline.evaluation.items import measure_items, relates
-    from pipeline.evaluation.segmentation import measure_segmentation, segments
-    from pipeline.evaluation.student import classifies, measure_student
+    from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, own_measure, write_result
     from pipeline.run import TrainedRun
     from pipeline.selection.warmup import visits_of
 
@@ -113,12 +110,9 @@ def evaluate(args: argparse.Namespace) -> int:
     sources = Sources.open(run.config.data)
     result: dict[str, Any] = {}
     examples = None
-    if config.data and classifies(run.config.towers):
-        result = measure_student(run, config.data, batch=config.batch, workers=config.workers)
-    elif config.data and segments(run.config.towers):
-        result = measure_segmentation(run, config.data, batch=config.batch, workers=config.workers)
-    elif config.data and relates(run.config.towers):
-        result = measure_items(run, config.data, batch=config.batch, workers=config.workers)
+    own = own_measure(run.config.towers)
+    if config.data and own:
+        result = own(run, config.data, batch=config.batch, workers=config.workers)
     elif config.data:
         held = HeldOut.open(config, run.config.data, lambda: set(sources.captions()))
         result, examples = measure(held, config, run.decoders, run.encode, run.device)

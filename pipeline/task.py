@@ -35,6 +35,9 @@ def check_wiring(
         raise ConfigError(f"towers: needs one named {MAIN!r}, it is the one that is exported; found {', '.join(towers) or 'none'}")
     if not objectives:
         raise ConfigError("objectives: needs at least one")
+    for kind, names in (("towers", towers), ("objectives", objectives)):
+        if taken := [name for name in names if "." in name or not name or hasattr(nn.ModuleDict, name)]:
+            raise ConfigError(f"{kind}.{taken[0]}: cannot be a name here: it has a dot, or means something in torch; choose another")
     _check_followed(towers, teachers or {})
     given = feature_names(towers)
     frozen = _frozen_names(towers, given, teachers or {})

@@ -31,6 +31,19 @@ MADE = {name: module for name, module in _MODULES.items() if name != "base" and 
 _WINDOW = 8  # shards within which a large table is shuffled
 
 
+def outside(name: str) -> None:
+    """Adds the source of a module that is no part of this project, by its dotted name. Raises DataError."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise DataError(f"{name}: there is no module {error.name!r}; is the folder that holds it on PYTHONPATH?") from None
+    if not hasattr(module, "Source"):
+        raise DataError(f"{name}: the module has no class Source (tools/sources/base.py)")
+    MADE[name] = module
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, one sub-command per source."""
     whole = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
@@ -246,7 +259,10 @@ def _make_each(tasks: Sequence[Task], source: Source | None, out: Output, worker
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
-        print(build(parser().parse_args(arguments)))
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        if words and "." in words[0]:
+            outside(words[0])
+        print(build(parser().parse_args(words)))
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -108,13 +108,18 @@ def _accelerator(config: EngineConfig, **common: object) -> Accelerator:
     if config.zero is None:
         # fp16 needs accelerate's loss scaling; autocast is the engine's own in every precision
         return Accelerator(cpu=not cuda, mixed_precision="fp16" if config.precision == "fp16" else "no", **common)
+    from transformers.integrations import unset_hf_deepspeed_config
+
     zero.prepare_process()
     plugin = DeepSpeedPlugin(
         hf_ds_config=zero.deepspeed_config(config.zero, config.dtype, config.clip_grad_norm, config.micro_batch is not None)
     )
     # on the CPU: with cpu=True accelerate ignores the plugin and runs DDP, without a named backend it starts one process, both in silence
     group = [] if cuda else [InitProcessGroupKwargs(backend="gloo")]
-    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=group, mixed_precision="no", **common)
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=group, mixed_precision="no", **common)
+    # accelerate has told transformers of stage 3, which would then build its models in pieces, with other initial weights than elsewhere
+    unset_hf_deepspeed_config()
+    return accelerator
 
 
 def shutdown() -> None:

@@ -1,8 +1,9 @@
 """Evaluates a run: embeds held-out shards with the run's own preprocessing and hands the features to the measures."""
 
+import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
-from pipeline.evaluation.items import relates
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
-from pipeline.evaluation.segmentation import segments
+from pipeline.evaluation.segmentation import measure_segmentation, segments
 from pipeline.evaluation.selection_quality import read_log, selection_quality
+from pipeline.evaluation.student import classifies, measure_student
 from pipeline.evaluation.zero_shot import class_features, prompts, zero_shot
+from pipeline.task import MAIN
 from pipeline.types import Batch
 
 Encode = Callable[[Batch], dict[str, Tensor]]
@@ -93,6 +95,15 @@ def read_lines(path: str) -> list[str]:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected a text file with one entry a line")
     return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def own_measure(towers: Mapping[str, Any]) -> Callable[..., dict] | None:
+    """How a student is measured that is no pair of an image and a text tower: (run, url, *, batch, workers) -> figures; None for one that is."""
+    if module := towers[MAIN].measured_by():
+        return importlib.import_module(module).measure
+    if classifies(towers):
+        return measure_student
+    return measure_segmentation if segments(towers) else None
 
 
 def measure(
@@ -188,9 +199,10 @@ class Periodic:
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        if segments(config.towers) or relates(config.towers):
+        if own_measure(config.towers) not in (None, measure_student):
             raise ConfigError(
-                "evaluation.every: a student that segments or relates items is evaluated at the end, by python -m pipeline evaluate; set it to 0"
+                "evaluation.every: a student that segments or relates items is evaluated at the end, by python -m pipeline evaluate, as is one "
+                "that names its own figures; set it to 0"
             )
         self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
         here = engine.comm.rank == 0 or self.together

@@ -47,6 +47,11 @@ class TowerConfig(Component):
         """Those of `files` that belong to a part of its weights, by the part's name; "" is the whole tower."""
         return self.files()
 
+    def measured_by(self) -> str | None:
+        """A module whose `measure(run, url, *, batch, workers)` gives the figures of a run with this student on held-out shards, as values
+        for JSON (`run`: a pipeline.run.TrainedRun). None: by zero-shot and retrieval, or by classes where it gives logits."""
+        return None
+
     def untrained(self) -> "TowerConfig":
         """The same with random weights: what a dry run builds and counts without any file."""
         return self.model_copy(update={"pretrained": None} if "pretrained" in type(self).model_fields else {})

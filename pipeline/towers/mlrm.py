@@ -69,6 +69,9 @@ class Config(TowerConfig):
     def files_of(self, part: str) -> tuple[str, ...]:
         return () if part.split(".")[0] == "vision" else self.files()
 
+    def measured_by(self) -> str:
+        return "pipeline.evaluation.items"
+
     def untrained(self) -> "Config":
         return super().untrained().model_copy(update={"vision": self.vision.untrained()})
 

@@ -94,7 +94,7 @@ def test_what_an_item_run_cannot_do_is_said_before_training(pairs: Path, clip: P
     wired = config(pairs, tmp_path / "a", clip).model_copy(update={"towers": {"student": basic}})
     refused(wired, ConfigError, r"objectives.pairs reads \['visual', 'related_visual'\]")
     periodic = config(pairs, tmp_path / "b", clip, evaluation={"data": str(pairs), "every": 2, "workers": 0})
-    refused(periodic, ConfigError, "relates items is evaluated at the end")
+    refused(periodic, ConfigError, "segments or relates items is evaluated at the end")
 
 
 def test_recall_is_of_the_partner_among_all_second_items() -> None:
