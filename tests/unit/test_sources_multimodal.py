@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -148,6 +149,22 @@ def test_tuxpaint_has_what_a_stamp_has(tmp_path: Path, stamps: Path) -> None:
         assert image.shape == (32, 32, 3) and (image[1] == 255).all() and (image[16, 16] != 255).any()
         assert label == ({"label": 0, "class": "animals", "folder": "animals/birds"} if "class" in label else {"folder": "medical"})
         assert one["txt"].decode() == "A pill." or one["caption.fr.txt"].decode().removeprefix("Oiseau") in one["txt"].decode()
+
+
+def test_synthetic_speech_says_so_or_names_the_package_that_it_needs(tmp_path: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("tuxpaint", tmp_path / "out", "--stamps", stamps, "--languages", "fr", "--size", 16, "--synthetic")
+    if shutil.which("espeak-ng"):
+        said = make(*given, "en")
+        found = samples(tmp_path / "out")
+        assert "synthetic speech by eSpeak NG" in said and all("speech.fr.ogg" in one for one in found if one["txt"] != b"A pill.")
+        heard = [soundfile.info(io.BytesIO(one["synthetic.en.wav"])) for one in found]
+        assert len(heard) > 5 and all(0.3 < one.duration < 5 for one in heard)
+        assert "no recordings" in (tmp_path / "out" / "NOTICE.txt").read_text()
+        with pytest.raises(DataError, match="espeak-ng -v nowhere: .*--voices"):
+            make("tuxpaint", tmp_path / "other", *given[2:], "nowhere")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="no such program here.*apt-get install espeak-ng"):
+        make("tuxpaint", tmp_path / "none", *given[2:], "en")
 
 
 def test_tuxpaint_variants_are_in_one_split_and_a_wrong_folder_is_named(tmp_path: Path, stamps: Path) -> None:

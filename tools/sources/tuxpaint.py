@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
+from tools import espeak
 from tools.sources._debian import fetched
 from tools.sources.base import Pair, Plan, add_set_arguments, on_white, shuffled, split_of
 from tools.sources.base import Source as Base
@@ -38,7 +39,9 @@ class Stamp(NamedTuple):
 
 
 class Source(Base):
-    """Members `image.png`, `caption.<language>.txt`, `speech.<language>.ogg`, `effect.ogg`, `json`; what a stamp lacks is not there."""
+    """Members `image.png`, `caption.<language>.txt`, `speech.<language>.ogg`, `effect.ogg`, `json`; what a stamp lacks is not there.
+
+    With --synthetic also `synthetic.<language>.wav`: no recording, the caption read by a program."""
 
     shard_size = 200
 
@@ -48,10 +51,16 @@ class Source(Base):
         parser.add_argument(
             "--languages", default="fr,es,ru", help="of speech and further captions, separated by commas (default fr,es,ru)"
         )
+        parser.add_argument(
+            "--synthetic",
+            metavar="LANGUAGE",
+            help="also the English caption read by espeak-ng's voice of this language: synthetic.LANGUAGE.wav",
+        )
         parser.add_argument("--stamps", help=f"folder of stamps (default: Debian's {PACKAGE}, 161 MB, fetched by apt-get into the cache)")
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.spoken_by = espeak.version() if options.synthetic else None
         self.languages = tuple(sorted({language.strip() for language in options.languages.split(",")} - {""}))
         self.folder = str(Path(options.stamps).absolute() if options.stamps else fetched(PACKAGE, LICENCE, 161, _INSIDE, "--stamps"))
         if not os.path.isdir(self.folder):
@@ -65,6 +74,7 @@ class Source(Base):
                 path = os.path.join(root, name)
                 files.update(f"{os.path.relpath(path, self.folder)} {os.path.getsize(path)}\n".encode())
         given = {"split": self.options.split, "size": self.options.size, "limit": self.options.limit, "languages": list(self.languages)}
+        given |= {"synthetic": f"{self.spoken_by}, {self.options.synthetic}"} if self.spoken_by else {}
         return {"source": "tuxpaint", "licence": LICENCE, "classes": list(CLASSES), "files": files.hexdigest()} | given
 
     def plan(self, seed: int, captions: bool, window: int) -> Plan:
@@ -88,10 +98,15 @@ class Source(Base):
             more = {"json": json.dumps(label | {"folder": os.path.dirname(one.path)}).encode()}
             more |= {f"caption.{lang}.txt".lower(): text.encode() for lang, text in one.captions.items() if lang != "en"}
             more |= {member: Path(self.folder, file).read_bytes() for member, file in one.sounds.items()}
+            if self.spoken_by:
+                language = self.options.synthetic
+                more |= {f"synthetic.{language}.wav".lower(): espeak.speak(one.captions["en"], language)}
             yield Pair("image.png", image, one.captions["en"], more)
 
     def notice(self) -> str:
-        return "Stamps of Tux Paint, copyright 2002-2022 Bill Kendrick and contributors (tuxpaint.org). Licence: GPL-2.\n"
+        return "Stamps of Tux Paint, copyright 2002-2022 Bill Kendrick and contributors (tuxpaint.org). Licence: GPL-2.\n" + (
+            f"The members synthetic.* are no recordings: the captions, read by {self.spoken_by}.\n" if self.spoken_by else ""
+        )
 
     def about(self) -> str:
         found, left = stamps(self.folder, self.languages)
@@ -99,6 +114,7 @@ class Source(Base):
         return (
             f"licence {LICENCE}; recordings in this split: {', '.join(f'{m} {n}' for m, n in sorted(have.items()))}; "
             f"not taken: {', '.join(f'{cause} {count}' for cause, count in sorted(left.items()))}"
+            + (f"; synthetic speech by {self.spoken_by}" if self.spoken_by else "")
         )
 
 
