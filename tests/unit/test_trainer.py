@@ -218,13 +218,13 @@ def test_a_learning_rate_that_explodes_leaves_no_checkpoint_that_is_not_finite(i
 
 def test_metrics_say_what_each_step_did(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    fields = "step visit loss clip logit_scale grad_norm lr candidates_per_second trained_per_second kept_share padded_share bad_share data_wait_share "
+    fields = "step visit loss clip logit_scale grad_norm lr candidates_per_second trained_per_second kept_share skipped_share padded_share bad_share data_wait_share "
     fields += "peak_memory_bytes eta_seconds wall_seconds flop_utilisation"
     assert [line["step"] for line in lines] == list(range(1, 19))
     recipe = OptimizerConfig(lr=0.01)
     for line in lines:
         assert set(line) == set(fields.split()) and all(math.isfinite(value) for value in line.values())
-        assert line["kept_share"] == (1.0 if line["step"] <= 7 else 0.5)
+        assert line["kept_share"] == (1.0 if line["step"] <= 7 else 0.5) and line["skipped_share"] == 0
         assert line["lr"] == recipe.rate_at(line["step"] - 1, 18) and line["visit"] == pytest.approx(line["step"] * 64 / 200)
         assert line["loss"] == line["clip"] and 0 <= line["data_wait_share"] <= 1 and 0 < line["flop_utilisation"] < 1
     assert lines[-1]["eta_seconds"] == 0 and lines[-1]["loss"] < lines[0]["loss"]
