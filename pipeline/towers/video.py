@@ -79,7 +79,8 @@ class Video(Tower):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c = config
+        self.config, self.field = config, config.field
+        c = config
         self.spatial = Frames(c)
         width = c.embed_dim
         self.adapter = None
@@ -99,7 +100,7 @@ class Video(Tower):
         return self
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        name, cached = self.config.field, f"{self.config.cached}.frames"
+        name, cached = self.field, f"{self.config.cached}.frames"
         if cached in fields:
             patches = fields.get(f"{self.config.cached}.patches")
             embedding = self._over_time(fields[cached].float(), None if patches is None else patches.float())
