@@ -45,7 +45,7 @@ from pipeline.teachers.base import TeacherConfig, Teachers
 from pipeline.towers.base import TowerConfig, TowerData
 from pipeline.trainer import Trainer
 from pipeline.types import Batch
-from pipeline.weights import InitFrom, weights_file
+from pipeline.weights import InitFrom, begin, weights_file
 
 TowerField = component("pipeline.towers", TowerConfig)
 ObjectiveField = component("pipeline.objectives", ObjectiveConfig)
@@ -162,8 +162,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     decoders = prepare(config, home, sources)
     torch.manual_seed(config.seed)  # initial weights; every later draw has a seed of its own
     task = build_task(config, folder, comm)
-    fresh = config.init_from and not checkpoint.committed(folder)
-    together(comm, lambda: config.init_from.load(task.towers) if fresh else None)
+    if not checkpoint.committed(folder):
+        together(comm, lambda: begin(task.towers, config.init_from, config.towers, teachers.all))
     engine = Engine(config.engine, config.optimizer, accelerator, comm, task, steps, config.seed)
     needed = {teacher for tower in config.towers.values() for teacher in tower.follows()}
     fetch = Fetch(sources, decoders, config.seed, teachers.rows, needed)

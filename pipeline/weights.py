@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -59,6 +60,15 @@ class InitFrom(Strict):
             for key in theirs.keys() & mine.keys():
                 theirs[key] = towers[name].fitted(f"{part}.{key}" if part else key, theirs[key], mine[key])
             copy_weights(mine, theirs, where, f"{file} {origin}")
+
+
+def begin(towers: nn.ModuleDict, init_from: InitFrom | None, configs: Mapping[str, TowerConfig], teachers: Mapping[str, Any]) -> None:
+    """The weights of step 0, and whether cached teachers fit the towers that follow them. Raises ConfigError, CheckpointError."""
+    if init_from:
+        init_from.load(towers)
+    for name, config in configs.items():
+        for teacher in config.follows():
+            towers[name].check_followed(teacher, teachers[teacher].writer)
 
 
 def tower_of(run: Path, name: str, where: str) -> TowerConfig:

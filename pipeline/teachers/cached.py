@@ -47,15 +47,15 @@ class Config(TeacherConfig):
         held = sum(last - first for first, last, _ in files)
         if held != facts["samples"]:
             raise DataError(f"teachers: {folder}: holds {held} of {facts['samples']} rows; start tools.cache_teacher again, it goes on")
-        return Cached(CachedRows(files, facts), digest(facts))
+        return Cached(CachedRows(files, facts), digest(facts), facts["teacher"])
 
 
 class Cached(Teacher):
     """Nothing runs: its rows come with the samples."""
 
-    def __init__(self, rows: "CachedRows", digest: str) -> None:
+    def __init__(self, rows: "CachedRows", digest: str, writer: str) -> None:
         super().__init__()
-        self.rows, self.digest = rows, digest
+        self.rows, self.digest, self.writer = rows, digest, writer  # writer: the digest of the teacher that looked at the samples
 
 
 def parts(folder: Path) -> list[tuple[int, int, Path]]:

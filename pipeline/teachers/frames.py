@@ -3,15 +3,15 @@
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config import ConfigError, digest, dump
+from pipeline.config import ConfigError, dump
 from pipeline.data.decode import Decoder
 from pipeline.data.sources import Sources
 from pipeline.data.video import VideoDecoder
 from pipeline.distributed.views import View
 from pipeline.teachers.base import Teacher, TeacherConfig
 from pipeline.towers import video
-from pipeline.towers._frames import Frames
-from pipeline.weights import copy_weights, digest_of, read_weights, tower_of, weights_file
+from pipeline.towers._frames import Frames, fingerprint
+from pipeline.weights import copy_weights, read_weights, tower_of, weights_file
 
 
 class Config(TeacherConfig):
@@ -49,8 +49,7 @@ class Config(TeacherConfig):
         encoder = Frames(described)
         weights = read_weights(file, f"towers.{self.tower}.spatial.", "teachers: frames")
         copy_weights(encoder.state_dict(), weights, "teachers: frames", str(file))
-        settings = dump(described)
-        return EncodedFrames(described.field, encoder, digest([settings["clip"], self.patches, digest_of(weights)]))
+        return EncodedFrames(described.field, encoder, fingerprint(described, weights, self.patches))
 
 
 class EncodedFrames(Teacher):

@@ -1,5 +1,6 @@
 """The image encoder of a video tower, run on every frame or tubelet of a clip. Its weights keep the names that they have in open_clip."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, digest
 from pipeline.towers._temporal import central
 from pipeline.towers.base import normalise_pixels
+from pipeline.weights import digest_of
 
 if TYPE_CHECKING:
     from pipeline.towers.video import Config
@@ -64,6 +66,12 @@ class Frames(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
             found = self.visual(pixels)
         return found if self.patches else (found,)
+
+
+def fingerprint(config: "Config", weights: Mapping[str, Tensor], patches: bool) -> str:
+    """What the features of a middle clip depend on besides the video; `weights`: of Frames."""
+    clip = config.clip
+    return digest([clip.frames, clip.stride, clip.size, clip.short, config.tubelet, patches, digest_of(dict(weights))])
 
 
 def _vit(config: "Config") -> nn.Module:

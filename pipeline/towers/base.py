@@ -78,6 +78,9 @@ class Tower(nn.Module):
         weight of another shape becomes its own (positions for longer clips)."""
         return stored
 
+    def check_followed(self, teacher: str, writer: str) -> None:
+        """Raises ConfigError where the cached teacher that it follows was written by something else than what it needs (`writer`, a digest)."""
+
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """(parameter, lowest, highest): what the engine clamps after each optimizer step, wherever the shards are (the logit scale)."""
         return []

@@ -13,9 +13,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipeline.config import ConfigError
 from pipeline.data.decode import Decoder
 from pipeline.data.video import ClipConfig, VideoDecoder
-from pipeline.towers._frames import Frames
+from pipeline.towers._frames import Frames, fingerprint
 from pipeline.towers._modality import ModalityConfig, present
 from pipeline.towers._temporal import AttentionPool, Bottleneck, Temporal, central, stretch
 from pipeline.towers.base import Tower
@@ -127,3 +128,11 @@ class Video(Tower):
         if name == "spatial.visual.conv1.weight" and (stored.ndim, like.ndim) == (4, 5):
             return central(stored, like.shape[2])
         return stored
+
+    def check_followed(self, teacher: str, writer: str) -> None:
+        weights, needs_patches = self.spatial.state_dict(), self.spatial.patches
+        if writer not in {fingerprint(self.config, weights, patches) for patches in {needs_patches, True}}:
+            raise ConfigError(
+                f"towers: video: teachers.{teacher} was written by another frame encoder, or for other clips, than this tower evaluates with: "
+                f"give init_from the run that wrote it, and the same clip.frames, stride, size, short and tubelet, or write it again"
+            )

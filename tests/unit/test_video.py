@@ -204,12 +204,11 @@ def test_7_stage_2_trains_the_same_from_cached_features(shards: Path, stage_1: P
     opened = TrainedRun(tmp_path / "cached")
     assert set(opened.decoders) == {"video"}  # without training it looks at videos again
 
-    refused(
-        run(shards, tmp_path / "bad", LONG | {"cached": "frames"}, teachers=frames, **begin),
-        ConfigError,
-        "teachers.frames is frames; write",
-    )
-    refused(run(shards, tmp_path / "bad", LONG | {"cached": "frames"}, **begin), ConfigError, "there is no teachers.frames")
+    bad, student = tmp_path / "bad", LONG | {"cached": "frames"}
+    refused(run(shards, bad, student, teachers=frames, **begin), ConfigError, "teachers.frames is frames; write")
+    other = run(shards, bad, student, teachers=cached["teachers"])  # its frame encoder would be the random one
+    refused(other, ConfigError, "teachers.frames was written by another frame encoder")
+    refused(run(shards, bad, student, **begin), ConfigError, "there is no teachers.frames")
 
 
 def test_init_from_takes_parts_over_and_names_what_does_not_fit(stage_1: Path) -> None:
