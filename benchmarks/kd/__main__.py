@@ -1,6 +1,6 @@
 """Runs one experiment over paired seeds and prints what every method reached, and every comparison that was promised.
 
-python -m benchmarks.kd {digits,collapse,split,openmoji,tuxpaint,pretrained} --seeds 10 [--first 100] [--json FILE]
+python -m benchmarks.kd {digits,collapse,split,openmoji,tuxpaint,pretrained,compound} --seeds 10 [--first 100] [--json FILE]
 python -m benchmarks.kd speed [--rounds 40] [--json FILE]
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common import machine, save, table
 
-EXPERIMENTS = ("digits", "collapse", "split", "openmoji", "tuxpaint", "pretrained")
+EXPERIMENTS = ("digits", "collapse", "split", "openmoji", "tuxpaint", "pretrained", "compound")
 
 
 def judged(bars: list[dict[str, Any]]) -> list[dict[str, Any]]:
