@@ -1,5 +1,6 @@
 """python -m pipeline curate: what a run learnt about its pairs, as a table, a list to leave out, and shards without them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def _history(folder: Path, config: Any, sources: Sources) -> tuple[np.ndarray, n
     score, visits, selected = np.full(count, np.nan, np.float32), np.zeros(count, np.int32), np.zeros(count, np.int32)
     if log is not None:
         sample, kept = log["sample"].to_numpy(), log["kept"].to_numpy()
-        late = log["visit"].to_numpy() >= visits_of(folder, config.selector.warmup_visits)
+        visit, warmup = log["visit"].to_numpy(), visits_of(folder, config.selector.warmup_visits)
+        late = visit >= (math.inf if warmup is None else warmup)
         selected = np.bincount(sample[late & kept], minlength=count).astype(np.int32)
         logged = log["score"].to_numpy()
         there = np.isfinite(logged)

@@ -74,6 +74,13 @@ def test_a_share_that_is_known_decides_instead_of_the_split(run: Path, icons_sma
     assert verdict.count("noisy") == round(0.1 * len(verdict)) and all(v == "clean" for v in verdict[1::3])
 
 
+def test_a_run_that_stopped_before_warm_up_ended_can_be_curated(run: Path) -> None:
+    config = load(RunConfig, run / "resolved.yaml", ["selector.warmup_visits=auto"])
+    (run / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    found = judge(run, Sources.open(config.data))
+    assert not found.selected.any() and (found.verdict == np.where(np.arange(len(found.score)) % 3, "clean", "noisy")).all()
+
+
 def test_what_cannot_be_curated_is_said(run: Path, icons_small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     full = tmp_path / "full"
     full.mkdir()
