@@ -61,8 +61,9 @@ def judge(folder: Path, sources: Sources, share: float | None = None) -> Verdict
 
 
 def _history(folder: Path, config: Any, sources: Sources) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Scores, visits and times selected. The mean over all logged visits where every sample was logged: it separates best, whatever the
-    selector's own history is; else the table of the newest checkpoint."""
+    """Scores, visits and times selected. Where every sample was logged, the mean over all its visits, warm-up's too: it separates best,
+    whatever the selector's own history is. Scores rise from visit to visit, so each counts as its distance from the mean of its visit: a
+    pair that was not scored at late ones is not low for that. Else the table of the newest checkpoint."""
     count, log = sources.num_samples, read_log(folder / "selection")
     score, visits, selected = np.full(count, np.nan, np.float32), np.zeros(count, np.int32), np.zeros(count, np.int32)
     if log is not None:
@@ -72,10 +73,13 @@ def _history(folder: Path, config: Any, sources: Sources) -> tuple[np.ndarray, n
         selected = np.bincount(sample[late & kept], minlength=count).astype(np.int32)
         logged = log["score"].to_numpy()
         there = np.isfinite(logged)
-        times = np.bincount(sample[there], minlength=count)
-        if len(np.unique(sample)) == count and times.any():
-            mean = np.bincount(sample[there], logged[there].astype(np.float64), count) / np.maximum(times, 1)
-            return np.where(times > 0, mean, np.nan).astype(np.float32), times.astype(np.int32), selected, "mean over all logged visits"
+        sample, visit, logged = sample[there], visit[there], logged[there].astype(np.float64)
+        times = np.bincount(sample, minlength=count)
+        if len(np.unique(log["sample"])) == count and times.any():
+            level = np.bincount(visit, logged) / np.maximum(np.bincount(visit), 1)
+            mean = np.bincount(sample, logged - level[visit], count) / np.maximum(times, 1)
+            about = "mean distance of the score from its visit's mean"
+            return np.where(times > 0, mean, np.nan).astype(np.float32), times.astype(np.int32), selected, about
     found = checkpoint.newest(folder)
     if found is None:
         raise ConfigError(

@@ -81,6 +81,16 @@ def test_a_run_that_stopped_before_warm_up_ended_can_be_curated(run: Path) -> No
     assert not found.selected.any() and (found.verdict == np.where(np.arange(len(found.score)) % 3, "clean", "noisy")).all()
 
 
+def test_a_pair_that_was_passed_over_at_late_visits_is_not_low_for_that(run: Path) -> None:
+    path = run / "selection" / "step-00000004-rank0000.parquet"
+    log = pq.read_table(path)
+    visit, sample, score = (log[name].to_numpy() for name in ("visit", "sample", "score"))
+    log = log.set_column(3, "score", pa.array(score + 20 * visit.astype(np.float32)))  # scores rise while the model learns
+    pq.write_table(log.filter(pa.array((sample % 5 > 0) | (visit < 1))), path)  # every fifth pair is skipped from visit 1 on
+    found = judge(run, Sources.open(load(RunConfig, run / "resolved.yaml").data))
+    assert (found.verdict == np.where(np.arange(len(found.score)) % 3, "clean", "noisy")).all() and found.visits[:2].tolist() == [1, 4]
+
+
 def test_what_cannot_be_curated_is_said(run: Path, icons_small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     full = tmp_path / "full"
     full.mkdir()
