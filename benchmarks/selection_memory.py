@@ -45,6 +45,7 @@ class Run:
         torch.set_num_threads(config.engine.threads or 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sources = Sources.open(config.data)
+        config.selector.check(self.sources)
         plan = layout(self.sources.shapes, config.data.pool, config.data.lanes, config.data.groups, config.data.window, config.seed)
         self.steps, self.lanes = config.num_steps(self.sources.num_samples), RankLanes(plan, 0, 1)
         for tower in config.towers.values():

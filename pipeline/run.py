@@ -103,8 +103,8 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _one_way_to_skip(self) -> "RunConfig":
-        if self.data.skip and self.scoring.every > 1:
-            raise ValueError("scoring.every counts visits that are the same on every rank, with data.skip they are not; use one of them")
+        if self.data.skip:
+            self.data.skip.beside(self.selector.name, self.scoring.every)
         return self
 
     @model_validator(mode="after")
@@ -155,6 +155,7 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     plan.check_world(comm.size)
     teachers = together(comm, lambda: Teachers.open(config.teachers, sources))
     facts = {"config": config.binding(), "index": sources.digest, "lanes": plan.lanes, "groups": plan.groups, "teachers": teachers.digests}
+    facts["reference"] = together(comm, lambda: config.selector.check(sources))
     checkpoint.agree(folder, facts)  # before anything in the folder is touched
     steps = config.num_steps(sources.num_samples)
     warmup = config.selector.last_warmup_step(plan.steps_for, steps)
@@ -179,8 +180,7 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     watchdog = Watchdog(config.watchdog, comm, folder)
     teachers.to(engine.device, config.engine.dtype, engine.autocast, config.engine.micro_batch)
     rejected = any(objective.rejected() for objective in config.objectives.values())
-    watch = Watch(selector, comm, plan.steps_for, folder)
-    scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, watch)
+    scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, Watch(selector, comm, plan.steps_for, folder))
     trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
         periodic = PeriodicStudent if classifies(config.towers) else Periodic

@@ -49,6 +49,8 @@ def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     data = config.data
     found = layout(shapes(config, samples), data.pool, data.lanes, data.groups, data.window, config.seed)
     found.check_world(world)
+    if data.skip:
+        data.skip.check(found)
     for visits in (0, math.inf):
         found.keep(config.selector.rate_at(visits))
     return found
@@ -215,11 +217,18 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     for stage, parts in zero_bytes(model.parameters, world, model.frozen).items():
         yield f"  ZeRO {stage}     {gb(sum(parts.values())):>10}  ({', '.join(f'{name} {gb(value)}' for name, value in parts.items())})"
     yield f"checkpoint   {gb(12 * model.parameters + 4 * model.frozen + TABLE_BYTES * found.num_samples)} for weights, Adam and the score table, before compression"
-    yield from forecast(config, model, cluster, batch, keep, (warmup, steps))
+    yield from forecast(config, model, cluster, batch, trained_rows(config, found, steps - warmup), (warmup, steps))
 
 
-def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int, keep: int, steps: tuple[int, int]) -> Iterator[str]:
-    """Candidates a second after warm-up, and how long the run takes with it. `steps`: where warm-up ends, and all of them."""
+def trained_rows(config: RunConfig, found: Layout, steps: int) -> float:
+    """Rows trained of a batch, on average over the `steps` after warm-up, of which at most some thousand are looked at: selector.rate may be a schedule."""
+    looked = range(0, max(1, steps), max(1, steps // 1000))
+    return found.groups * sum(found.keep(config.selector.rate_at(step * found.batch / found.num_samples)) for step in looked) / len(looked)
+
+
+def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int, keep: float, steps: tuple[int, int]) -> Iterator[str]:
+    """Candidates a second after warm-up, and how long the run takes with it. `keep`: rows of a batch that are trained then, on average;
+    `steps`: where warm-up ends, and all of them."""
     if cluster.peak_tflops is None:
         yield "speed        no forecast: the cluster file gives no peak_tflops"
         return
@@ -240,7 +249,7 @@ def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int
     yield f"starts       {math.ceil(total / max(1, cluster.minutes * 60 - cluster.signal_delay))} of {cluster.minutes} minutes"
 
 
-def step_cost(config: RunConfig, model: Model, batch: int, keep: int, warmup: bool) -> tuple[float, int]:
+def step_cost(config: RunConfig, model: Model, batch: int, keep: float, warmup: bool) -> tuple[float, float]:
     """Forwards that the scoring pass costs a candidate, and how many rows are trained, at a step of warm-up or after it."""
     selector = config.selector.build(1, warmup_steps=1)
     step = 0 if warmup else 1

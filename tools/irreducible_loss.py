@@ -25,6 +25,7 @@ from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.hashing import hash_ids
 from pipeline.kernels import clip_loss
 from pipeline.run import TrainedRun
+from pipeline.selection.rho_loss import INDEX
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,12 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
         data = run.config.data
         if args.data:
             data = DataConfig.model_validate(data.model_dump() | {"sources": [{"url": url} for url in args.data]})
-        found = losses(run, Sources.open(data), args.group, args.rounds, args.workers)
+        sources = Sources.open(data)
+        found = losses(run, sources, args.group, args.rounds, args.workers)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"sample": np.arange(len(found)), "loss": found}), args.table)
+    table = pa.table({"sample": np.arange(len(found)), "loss": found}, metadata={INDEX: sources.digest})
+    pq.write_table(table, args.table)
     print(f"{args.table}: {len(found)} samples, irreducible loss {found.mean():.3f} on average, {found.std():.3f} standard deviation")
     return 0
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config import ConfigError, Strict
-from pipeline.data.lanes import RankLanes, Rows
+from pipeline.data.lanes import Layout, RankLanes, Rows
 from pipeline.distributed.comm import Comm
 from pipeline.hashing import hash_ids
 from pipeline.types import Batch, Selection
@@ -31,8 +31,30 @@ class SkipConfig(Strict):
 
     share: float = Field(0.8, gt=0, lt=1, description="of a lane's samples at most this share is passed over at a visit")
     after_visits: int = Field(2, ge=1, le=255, description="a sample is passed over when it was rejected at so many of its visits in a row")
-    rescore_visits: int = Field(8, ge=2, description="the floor: in so many visits of its lane every sample is read and scored at least once")
+    rescore_visits: int = Field(
+        8, ge=2, description="the floor: in so many visits of its lane every sample is read and scored at least once"
+    )
     lookahead: int = Field(8, ge=1, description="steps from the look at the rejections to the batch; at least workers x prefetch + 1")
+
+    def beside(self, selector: str, every: int) -> None:
+        """Raises ValueError for what cannot be used with it: `selector` by its name, `every` as of scoring.every."""
+        if every > 1:
+            raise ValueError("scoring.every counts visits that are the same on every rank, with data.skip they are not; use one of them")
+        if selector == "blend":
+            raise ValueError(
+                "selector.name: blend ranks by the mean score of the visits at which a pair was scored, and a pair that data.skip passes over misses "
+                "late visits, at which all scores are higher: its mean falls behind, and one rejection brings on the next. Set data.skip to null, or use "
+                "a selector that compares scores of one visit"
+            )
+
+    def check(self, layout: Layout) -> None:
+        """Raises ConfigError where a visit may be too short for a batch, or for the steps between look and batch."""
+        least = int((layout.size - (self.share * layout.size).astype(np.int64)).min())
+        if least < layout.per_lane or self.lookahead * layout.per_lane > (RING - 1) * least:
+            raise ConfigError(
+                f"data.skip: share {self.share} leaves {least} samples of the smallest lane for a visit; a batch takes {layout.per_lane} of it, and in "
+                f"lookahead {self.lookahead} steps a lane may pass {RING - 1} visits at most. Lower data.skip.share, data.skip.lookahead or data.lanes"
+            )
 
 
 def passed_over(config: SkipConfig, seed: int, sample: np.ndarray, rejected: np.ndarray, visit: int) -> np.ndarray:
@@ -57,15 +79,9 @@ class Walk:
     """
 
     def __init__(self, lanes: RankLanes, config: SkipConfig, device: torch.device) -> None:
-        """Raises ConfigError where a visit may be too short for a batch, or for the steps between look and batch."""
+        """Raises ConfigError as SkipConfig.check does."""
         self.lanes, self.config = lanes, config
-        plan = lanes.layout
-        least = int((plan.size - (config.share * plan.size).astype(np.int64)).min())
-        if least < plan.per_lane or config.lookahead * plan.per_lane > (RING - 1) * least:
-            raise ConfigError(
-                f"data.skip: share {config.share} leaves {least} samples of the smallest lane for a visit; a batch takes {plan.per_lane} of it, and in "
-                f"lookahead {config.lookahead} steps a lane may pass {RING - 1} visits at most. Lower data.skip.share, data.skip.lookahead or data.lanes"
-            )
+        config.check(lanes.layout)
         self.rejected = torch.zeros(lanes.num_samples, dtype=torch.uint8, device=device)
         self.bits = np.zeros(lanes.num_samples, np.uint8)
         self._live = np.zeros((2, lanes.num_samples), np.int64)  # the places that a visit, by its parity, reads, in their order

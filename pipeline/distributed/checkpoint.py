@@ -16,6 +16,7 @@ from pipeline.config import Strict
 from pipeline.data.lanes import RankLanes
 from pipeline.distributed.host import Files, Host
 
+BEFORE = {"selector.classes": "two"}  # settings that came later, and what a checkpoint that does not know them was trained with
 FORMAT = 2  # 1: torch's optimizer.bin, which only the same number of ranks could read
 
 
@@ -170,6 +171,11 @@ def agree(run: Path, expected: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder}: was made with another configuration: {lines}. Set these back, or train into a new folder with out="
         )
+    if found.get("reference", expected.get("reference")) != expected.get("reference"):
+        raise CheckpointError(
+            f"{folder}: was trained with another reference of the selector: the rows of selector.reference, or the losses of selector.table, were "
+            f"written again. Restore the files, or train into a new folder with out="
+        )
 
 
 def _agree_on_teachers(folder: Path, was: dict[str, str], now: dict[str, str]) -> None:
@@ -186,7 +192,8 @@ def _agree_on_teachers(folder: Path, was: dict[str, str], now: dict[str, str]) -
 def _differences(was: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(was, dict) and isinstance(now, dict):
         keys = sorted(was.keys() | now.keys())
-        return [d for key in keys for d in _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        where = {key: f"{path}.{key}" if path else key for key in keys}
+        return [d for key in keys for d in _differences(was.get(key, BEFORE.get(where[key])), now.get(key), where[key])]
     return [] if was == now else [(path, was, now)]
 
 

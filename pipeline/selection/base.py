@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config import Component
+from pipeline.data.sources import Sources
 from pipeline.hashing import hash_ids
 from pipeline.kernels.score import top_k
 from pipeline.selection.rate import Rate, RateSchedule
@@ -41,6 +42,13 @@ class SelectorConfig(Component):
     def last_warmup_step(self, visit_ends: Callable[[int], int], steps: int) -> int:
         """The step at which warm-up is over, for auto at the latest; `visit_ends`: visits -> step, of a run of `steps`."""
         return steps // 2 if self.warmup_visits == "auto" else visit_ends(self.warmup_visits)
+
+    def check(self, sources: Sources) -> str | None:
+        """A digest of what it reads of these samples from other files, and a run goes on with no other; None: it reads nothing.
+
+        Raises ConfigError where those files are of other samples.
+        """
+        return None
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Selector":
         """The selector of this config. `num_samples` rows of score table; warm-up ends before step `warmup_steps` (0: it is over)."""

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import ConfigError
+from pipeline.data.errors import DataError
+from pipeline.data.sources import Sources
 from pipeline.hashing import hash_ids
 from pipeline.selection.base import Candidates, Selection, Selector, SelectorConfig
+from pipeline.teachers import cached
 from pipeline.teachers.cached import CachedRows, parts, read_facts
 
 
@@ -26,6 +29,13 @@ class Config(SelectorConfig):
     )
     scale: float = Field(10.0, gt=0, description="of the cosines of both models in these losses, so that they can be subtracted")
     bias: float = Field(-10.0, description="added to scaled cosines; loss sigmoid")
+
+    def check(self, sources: Sources) -> str | None:
+        """See SelectorConfig.check."""
+        try:
+            return cached.Config(path=self.reference).open(sources).digest if self.reference else None  # build() says that there is none
+        except DataError as error:
+            raise ConfigError(f"selector.reference: {error}") from None
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Jest":
         """See SelectorConfig.build. Raises ConfigError where there is no reference, or it has no image and text."""
@@ -47,6 +57,7 @@ class Jest(Selector):
     Deviations from the paper: groups of this project's size instead of one super-batch, both models at one fixed scale, and the blocks
     are top-k of perturbed values, which draws without replacement inside a block too. Costs a product of the group's rows for each
     model and `chunks` passes over both; the reference's rows are read from a memory-mapped file, and that waits for the device once a group.
+    Rows that the reference has seen nothing of are drawn last, as those that are not finite.
     """
 
     def __init__(self, config: Config, num_samples: int, warmup_steps: int, seed: int) -> None:
@@ -71,7 +82,7 @@ class Jest(Selector):
         known = self.reference((group.slot if group.sample is None else group.sample).cpu().numpy())
         learner = self._logits(image, text)
         reference = self._logits(*(F.normalize(known[name].to(image.device).float(), dim=1) for name in ("image", "text")))
-        usable = image.isfinite().all(1) & text.isfinite().all(1)
+        usable = image.isfinite().all(1) & text.isfinite().all(1) & known["present"].to(image.device)
         usable = usable if group.valid is None else usable & group.valid
         chosen, others, blocks, drawn = torch.zeros_like(usable), usable, min(self.config.chunks, group.keep), []
         if self.config.loss == "sigmoid":

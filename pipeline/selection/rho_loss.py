@@ -1,5 +1,6 @@
 """RHO-LOSS (arXiv 2206.07137): the pairs whose loss is largest above what a model that never saw them can reach."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,26 @@ import torch
 from pydantic import Field
 
 from pipeline.config import ConfigError
+from pipeline.data.sources import Sources
 from pipeline.selection.base import Candidates, Selection, Selector, SelectorConfig
+
+INDEX = b"index"  # key of the file's metadata: the digest of the samples that it is for
 
 
 class Config(SelectorConfig):
     """The table is made by `python -m tools.irreducible_loss RUN TABLE`."""
 
     table: str | None = Field(None, description="Parquet file with sample (int64, from 0 on) and loss (float): the irreducible loss")
+
+    def check(self, sources: Sources) -> str | None:
+        """See SelectorConfig.check. A table that another program made may lack the digest of the samples; their number is compared."""
+        loss, index = read_table(self.table)
+        if len(loss) != sources.num_samples or index not in (None, sources.digest):
+            raise ConfigError(
+                f"selector.table: {self.table}: is of other samples: {len(loss)} of index {(index or 'unknown')[:12]}, and data.sources hold "
+                f"{sources.num_samples} of index {sources.digest[:12]}. Make it again with python -m tools.irreducible_loss RUN TABLE"
+            )
+        return hashlib.sha256(loss.tobytes()).hexdigest()
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "RhoLoss":
         """See SelectorConfig.build. Raises ConfigError where there is no table, or it is none."""
@@ -30,7 +44,7 @@ class RhoLoss(Selector):
 
     def __init__(self, config: Config, num_samples: int, warmup_steps: int, seed: int) -> None:
         super().__init__(config, num_samples, warmup_steps, seed)
-        self.irreducible = torch.from_numpy(read_table(config.table))
+        self.irreducible = torch.from_numpy(read_table(config.table)[0])
 
     def needs(self, step: int) -> frozenset[str]:
         """The loss once warm-up is over."""
@@ -45,8 +59,8 @@ class RhoLoss(Selector):
         return self.ranked(group, loss - self.irreducible[group.slot if group.sample is None else group.sample])
 
 
-def read_table(path: str | None) -> np.ndarray:
-    """float32 [N] by sample id. Raises ConfigError."""
+def read_table(path: str | None) -> tuple[np.ndarray, str | None]:
+    """Losses float32 [N] by sample id, and the digest of the samples' index, where the file says it. Raises ConfigError."""
     how = "Make one with python -m tools.irreducible_loss RUN TABLE"
     if path is None or not Path(path).is_file():
         raise ConfigError(f"selector.table: {path or 'none given'}: rho_loss needs a table of irreducible losses. {how}")
@@ -58,4 +72,4 @@ def read_table(path: str | None) -> np.ndarray:
     order = np.argsort(sample, kind="stable")
     if not len(sample) or not np.array_equal(sample[order], np.arange(len(sample))) or not np.isfinite(loss).all():
         raise ConfigError(f"selector.table: {path}: expected each sample id from 0 on once, with a finite loss. {how}")
-    return loss[order]
+    return loss[order], (table.schema.metadata or {}).get(INDEX, b"").decode() or None

@@ -45,6 +45,7 @@ def test_every_cluster_file_gives_parameters_that_submitit_knows(path: Path, tmp
         (["--sweep", "seed"], "--sweep seed: is written"),
         (["--sweep", "seed=1,1"], "comes twice"),
         (["--sweep", "seed=1,2", "--executor", "local"], "one job array on Slurm"),
+        (["data.skip={share: 0.999}", "--dry-run", "--samples", "2000"], "data.skip: share 0.999 leaves"),
         (["out=s3://bucket/run"], "on a file system that all nodes see"),
     ],
 )
@@ -134,6 +135,17 @@ def test_the_forecast_knows_what_is_scored() -> None:
     assert cost("selector={name: random, rate: 0.5}") == (0.0, 32)
     assert cost("selector={name: random, rate: 0.5, warmup_visits: auto}", warmup=True) == (0.4, 64)
     assert cost("selector={name: random, rate: 0.5}", "objectives.clip.negatives=all") == (0.4, 32)
+
+
+def test_the_forecast_trains_the_average_of_a_rate_that_changes() -> None:
+    def rows(rate: object, steps: int) -> float:
+        config = load(RunConfig, BIG, [f"selector.rate={rate}", "selector.warmup_visits=0"])
+        found = plan.plan(config, 8, 1_024_000)  # 100 steps a visit
+        return plan.trained_rows(config, found, steps) / found.batch
+
+    falling = "{start: 1.0, end: 0.2, visits: 10}"
+    assert rows(0.5, 7000) == 0.5 and rows(falling, 0) == 1.0
+    assert rows(falling, 1000) == pytest.approx(0.6, abs=0.02) and rows(falling, 4000) == pytest.approx(0.3, abs=0.02)
 
 
 def test_the_forecast_counts_the_scoring_passes_own_view() -> None:

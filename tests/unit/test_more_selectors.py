@@ -1,5 +1,6 @@
 """The selectors that are there to be compared with: each one's rule on numbers small enough to do by hand."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, parse
+from pipeline.data.sources import DataConfig, Sources
+from pipeline.distributed import checkpoint
 from pipeline.selection import dissect, info_batch, jest, random, rho_loss, scan
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.rate import RateSchedule
@@ -140,6 +143,80 @@ def test_jest_refuses_a_reference_without_both_sides(tmp_path: Path) -> None:
         jest.Config(reference=str(tmp_path)).build(ROWS)
     with pytest.raises(ConfigError, match=r"selector.reference: none given"):
         jest.Config().build(ROWS)
+
+
+@pytest.fixture
+def sources(icons_small: Path) -> Sources:
+    return Sources.open(parse(DataConfig, {"sources": [{"url": str(icons_small)}], "batch": 8}, "test"))
+
+
+def rows_of(sources: Sources, folder: Path, held: int, **other: object) -> jest.Config:
+    """A reference of those samples, of which the folder holds the first `held` rows, the first one without an output."""
+    facts = {"format": FORMAT, "index": sources.digest, "samples": sources.num_samples, "dtype": "float32", "constants": {}}
+    facts |= {"features": {"image": [4], "text": [4]}} | other
+    present = np.arange(held) > 0
+    rows = np.random.default_rng(0).standard_normal((held, 4)).astype(np.float32)
+    write_part(folder, 0, {"image": rows, "text": rows}, present, facts)
+    return jest.Config(reference=str(folder))
+
+
+def test_jest_takes_no_reference_of_other_samples_and_no_part_of_one(sources: Sources, tmp_path: Path) -> None:
+    count, digests = sources.num_samples, {}
+    for name, given in {"whole": {}, "other": {"teacher": "another"}}.items():
+        (tmp_path / name).mkdir()
+        digests[name] = rows_of(sources, tmp_path / name, count, **given).check(sources)
+    assert digests["whole"] != digests["other"]
+    for name, held, given, said in (
+        ("index", count, {"index": "f00d"}, "was made for other samples"),
+        ("fewer", count - 1, {"samples": count - 1}, "was made for other samples"),
+        ("part", count - 1, {}, f"holds {count - 1} of {count} rows"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=f"selector.reference: .*{said}"):
+            rows_of(sources, tmp_path / name, held, **given).check(sources)
+
+
+def test_jest_draws_no_row_that_the_reference_has_not_seen(sources: Sources, tmp_path: Path) -> None:
+    selector = rows_of(sources, tmp_path, sources.num_samples).build(ROWS)
+    image, text = torch.nn.functional.normalize(torch.randn(2, ROWS, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    drawn = [selector.select(group(step, keep=ROWS - 1, image=image, text=text)).rows.tolist() for step in range(5)]
+    assert drawn == [list(range(1, ROWS))] * 5
+
+
+def test_rho_loss_takes_no_table_of_other_samples(sources: Sources, tmp_path: Path) -> None:
+    def table(count: int, index: str | None, first: float = 0.0) -> rho_loss.Config:
+        loss = np.arange(count, dtype=np.float32)
+        loss[0] = first
+        metadata = {rho_loss.INDEX: index} if index else None
+        pq.write_table(pa.table({"sample": np.arange(count), "loss": loss}, metadata=metadata), tmp_path / "table.parquet")
+        return rho_loss.Config(table=str(tmp_path / "table.parquet"))
+
+    count = sources.num_samples
+    known = table(count, sources.digest).check(sources)
+    assert known == table(count, None).check(sources) != table(count, sources.digest, first=0.5).check(sources)
+    for wrong in ((count, "f00d"), (count + 1, None)):
+        with pytest.raises(ConfigError, match=r"selector.table: .*is of other samples"):
+            table(*wrong).check(sources)
+
+
+def test_a_run_goes_on_with_no_other_reference_and_an_old_one_with_what_it_did(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder / "COMMIT").touch()
+    now = {"format": checkpoint.FORMAT, "index": "i", "lanes": 1, "groups": 1, "config": {"selector": {"name": "jest"}}, "reference": "one"}
+
+    def agree(was: dict, **change: object) -> None:
+        (folder / "run.json").write_text(json.dumps(was), encoding="utf-8")
+        checkpoint.agree(tmp_path, now | change)
+
+    agree(now)
+    agree({name: value for name, value in now.items() if name != "reference"})  # from before it was known
+    with pytest.raises(checkpoint.CheckpointError, match="another reference of the selector"):
+        agree(now, reference="two")
+    before = now | {"config": {"selector": {"name": "blend"}}}  # always split the scores in two classes
+    agree(before, config={"selector": {"name": "blend", "classes": "two"}})
+    with pytest.raises(checkpoint.CheckpointError, match="selector.classes was 'two', now 'auto'. Set these back"):
+        agree(before, config={"selector": {"name": "blend", "classes": "auto"}})
 
 
 def test_a_rate_may_change_over_the_visits_after_warm_up() -> None:

@@ -204,3 +204,5 @@ def test_what_cannot_be_is_refused_with_a_way_out(module: Callable[..., DataModu
         module(skip=SKIP | {"lookahead": 40})
     with pytest.raises(ConfigError, match=r"scoring.every"):
         load(RunConfig, DEBUG, ["data.skip={}", "scoring.every=2"])
+    with pytest.raises(ConfigError, match=r"selector.name: blend ranks by the mean .* Set data.skip to null"):
+        load(RunConfig, DEBUG, ["data.skip={}", "selector.name=blend"])
