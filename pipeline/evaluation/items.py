@@ -18,17 +18,17 @@ ONLY = {"image_only": "image", "text_only": "text"}  # figure: what of each item
 
 @torch.inference_mode()
 def measure(run: Any, url: str, *, batch: int = 256, workers: int = 2) -> dict[str, Any]:
-    """Of the pairs of these shards: `pairs`, and `items`, `image_only`, `text_only` and `short_text` with the recalls r1, r10, r100 of the
-    partner among all second items, as evaluation/retrieval gives them. `run`: a pipeline.run.TrainedRun.
+    """Of the pairs of these shards: `pairs`, and under `related` for `whole`, `image_only`, `text_only` and `short_text` the recalls r1, r10,
+    r100 of the partner among all second items, as evaluation/retrieval gives them. `run`: a pipeline.run.TrainedRun.
 
-    image_only and text_only take the other modality from queries and pool; short_text are the queries whose text is one word or none.
+    image_only and text_only take the other modality from queries and pool; short_text are the queries whose `txt` is one word or none.
     Raises ConfigError, DataError.
     """
     parts: dict[str, list[Tensor]] = {}
     kept = []
     for rows, whole in forwards(run, [url], batch=batch, workers=workers):
         kept.append(rows.sample[rows.valid].cpu())
-        for figure, field in ({"items": ""} | ONLY).items():
+        for figure, field in ({"whole": ""} | ONLY).items():
             shown = {name: value for name, value in rows.fields.items() if field in name}
             out = run.encode(replace(rows, fields=shown)) if field else whole
             for side in ("item", "related"):
@@ -36,10 +36,8 @@ def measure(run: Any, url: str, *, batch: int = 256, workers: int = 2) -> dict[s
     found = {name: torch.cat(values) for name, values in parts.items()}
     sources = Sources.open(run.config.data.model_copy(update={"sources": [SourceConfig(url=url)]}))
     short = torch.tensor([_words(sources, int(sample)) <= 1 for sample in torch.cat(kept)])
-    result: dict[str, Any] = {"pairs": len(short)}
-    for figure in ("items", *ONLY):
-        result[figure] = recalls(found[f"{figure} item"], found[f"{figure} related"], torch.ones_like(short))
-    return result | {"short_text": recalls(found["items item"], found["items related"], short)}
+    related = {name: recalls(found[f"{name} item"], found[f"{name} related"], torch.ones_like(short)) for name in ("whole", *ONLY)}
+    return {"pairs": len(short), "related": related | {"short_text": recalls(found["whole item"], found["whole related"], short)}}
 
 
 def recalls(queries: Tensor, pool: Tensor, which: Tensor) -> dict[str, Any] | None:

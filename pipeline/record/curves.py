@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from pipeline.record import plots
+from pipeline.record.figures import percent
 from pipeline.record.plots import Plot, Series, finite
 from pipeline.record.runs import Run, dig, number
-from pipeline.record.tables import percent
 
 
 def series_of(runs: Sequence[Run], key: str) -> list[Series]:

@@ -13,10 +13,11 @@ from pipeline.config import ConfigError
 from pipeline.record import plots
 from pipeline.record.compared import read
 from pipeline.record.curves import distillation_plots, evaluation_plots, series_of
+from pipeline.record.figures import percent
 from pipeline.record.images import contact_sheets, data_uri, load_pairs
 from pipeline.record.plots import Plot, Series
 from pipeline.record.runs import UNREADABLE, Run, dig, label, load_run, number, read_part
-from pipeline.record.tables import comparison, facts, headline, percent
+from pipeline.record.tables import comparison, facts, headline
 from pipeline.record.warmup import warmup_plot
 
 CAPTIONS_SHOWN, IMAGES_SHOWN = 8, 5
@@ -163,7 +164,7 @@ def _missing_figures(runs: Sequence[Run]) -> list[str]:
         "linear_probe": "no linear probe (it takes two classes of four held-out images)",
     }
     told = []
-    for run in (run for run in runs if run.result and "segmentation" not in run.result):
+    for run in (run for run in runs if run.result and not {"segmentation", "related"} & run.result.keys()):
         lacks = [text for key, text in parts.items() if not isinstance(run.result.get(key), dict)]
         if lacks:
             told.append(f"{run.label} has {', '.join(lacks)}.")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.record import systems
+from pipeline.record.figures import count, percent, seconds
 from pipeline.record.runs import Run, dig, number
 
 
@@ -26,36 +28,10 @@ class Group(NamedTuple):
     rows: list[Row]
 
 
-def percent(value: Any, digits: int = 1) -> str:
-    """A share as a percentage, with more digits where one would leave a single figure."""
-    value = number(value)
-    if value is None:
-        return "–"
-    return f"{100 * value:.{digits if value == 0 or abs(value) >= 0.01 else digits + 1}f} %"
-
-
-def count(value: Any) -> str:
-    """A whole number with thin spaces between thousands; from ten million on in millions."""
-    value = number(value)
-    if value is None:
-        return "–"
-    return f"{value / 1e6:,.1f} M" if abs(value) >= 1e7 else f"{value:,.0f}".replace(",", "\u202f")
-
-
-def seconds(value: Any) -> str:
-    """Wall time in the unit that reads best."""
-    value = number(value)
-    if value is None:
-        return "–"
-    if value < 10:
-        return f"{value:.1f} s"
-    return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
-
-
 def headline(runs: Sequence[Run]) -> list[str]:
     """What the first run reached, beside the others: sentences that hold for any numbers, good or bad."""
     main, rest = runs[0], runs[1:]
-    sentences = [sentence for sentence in (_accuracy(main, rest), _segmented(main), _kept(main)) if sentence]
+    sentences = [sentence for sentence in (_accuracy(main, rest), systems.sentence(main), _kept(main)) if sentence]
     if not sentences:
         steps = number(main.result.get("step")) or max((line["step"] for line in main.metrics), default=None)
         sentences.append(
@@ -72,11 +48,6 @@ def _accuracy(main: Run, rest: Sequence[Run]) -> str:
     text += f", with {count(classes)} captions to choose from"
     text += f": {_times(top1 / chance)} chance" if number(chance) else ""
     return " ".join(f"{sentence}." for sentence in (text, *(_other(main, other, top1) for other in rest)) if sentence)
-
-
-def _segmented(main: Run) -> str:
-    figures = [f"{percent(dig(told, 'miou'))} with {name}" for name, told in (dig(main.result, "segmentation") or {}).items()]
-    return f"On {count(dig(main.result, 'images'))} held-out maps {main.label} reaches a mIoU of {', '.join(figures)}." if figures else ""
 
 
 def _times(ratio: float) -> str:
@@ -128,7 +99,7 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
                 ("linear probe", "linear_probe.top1", percent, +1, "linear_probe.chance"),
             ],
         ),
-        ("Segmentation, held-out maps", _segmentation(runs)),
+        *systems.rows(runs),
         ("Retrieval by caption, held-out images", recall),
         (
             "Selection after warm-up",
@@ -154,13 +125,6 @@ def comparison(runs: Sequence[Run]) -> list[Group]:
     told = [_flat(run) for run in runs]
     shown = [Group(title, [row for spec in rows if (row := _row(told, *spec)) is not None]) for title, rows in groups]
     return [group for group in shown if group.rows]
-
-
-def _segmentation(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Any], str], int, str]]:
-    """Three rows for each sensor that a run has."""
-    sensors = dict.fromkeys(name for run in runs for name in dig(run.result, "segmentation") or {})
-    figures = (("mIoU", "miou"), ("mean F1", "mf1"), ("pixels right", "oa"))
-    return [(f"{name} {title}", f"segmentation.{name}.{key}", percent, +1, "") for name in sensors for title, key in figures]
 
 
 def plain_text(runs: Sequence[Run]) -> str:

@@ -1,6 +1,7 @@
 """An item tower (NoteLLM-2, Zhang et al., KDD 2025, arXiv 2405.16789): image and text of an item through a causal LLM into one vector."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import ConfigError
 from pipeline.data.decode import Decoder
@@ -105,6 +107,7 @@ class Mlrm(Tower):
         blank = {"mean": torch.tensor(preprocess["mean"]), "std": torch.tensor(preprocess["std"]), "blank": prompt([""])}
         for name, value in blank.items():
             self.register_buffer(name, value, persistent=False)
+        self.recomputes = config.gradient_checkpointing
         self._states: list[Tensor] = []
         self.vision.transformer.register_forward_hook(lambda module, given, out: self._states.append(out))
 
@@ -115,8 +118,11 @@ class Mlrm(Tower):
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         sides = [side for side, start in SIDES.items() if f"{start}image" in fields or f"{start}text" in fields]
-        ids, states, has_image, there = (torch.cat(part) for part in zip(*(self.inputs(side, fields, mask) for side in sides)))
-        return self.features(self.items(ids, states), has_image, there, sides)
+        # written-out attention on the CPU, for the fused one's backward is slow there (towers/open_clip.py)
+        with sdpa_kernel(SDPBackend.MATH) if self.mean.device.type == "cpu" and not self.recomputes else nullcontext():
+            ids, states, has_image, there = (torch.cat(part) for part in zip(*(self.inputs(side, fields, mask) for side in sides)))
+            views = self.items(ids, states)
+        return self.features(views, has_image, there, sides)
 
     def inputs(self, side: str, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of one side: ids int64 [b, L], the frozen tower's last states float32 [b, 1 + patches, width], has an image, has anything."""

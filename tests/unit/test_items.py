@@ -81,9 +81,13 @@ def test_a_run_on_frozen_vision_and_its_evaluation(pairs: Path, clip: Path, tmp_
     assert main(["evaluate", str(out), "--quiet"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["pairs"] == 96
-    asked = {name: result[name]["queries"] for name in ("items", "image_only", "text_only", "short_text")}
-    assert asked["items"] == 96 and all(0 < count < 96 for name, count in asked.items() if name != "items")
-    assert result["items"]["r10"] <= result["items"]["r100"] == 1.0
+    asked = {name: figures["queries"] for name, figures in result["related"].items()}
+    assert asked.pop("whole") == 96 and len(asked) == 3 and all(0 < count < 96 for count in asked.values())
+    whole = result["related"]["whole"]
+    assert whole["r10"] <= whole["r100"] == 1.0 and whole["chance"]["r10"] == pytest.approx(10 / 96)
+    assert main(["report", str(out)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Of 96 held-out items" in page and "R@10, image only" in page and "no zero-shot figures" not in page
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         (out / FILE).unlink()
         TrainedRun(out)
