@@ -16,6 +16,7 @@ from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.errors import BadSample, DataError
 
 MAX_FRAMES = 100_000  # of an animation or an archive, which are looked through whole
+MAX_HELD = 2**28  # pixels of all frames that are held at once: 128 frames of 1,920 x 1,080 are 800 MB as RGB
 
 Frames = dict[int, PIL.Image.Image]
 Choose = Callable[[int], Sequence[int]]  # number of frames of the video -> those that are wanted, ascending
@@ -128,19 +129,29 @@ class VideoDecoder:
 
 def _animation(data: bytes, choose: Choose) -> Frames:
     """Encoders drop a frame that equals the one before and let that one last longer: it counts as often as it lasts longer than the
-    shortest one."""
+    shortest one. Small ones are decoded once and held whole, large ones twice: which frames are wanted is known after all durations."""
     with PIL.Image.open(io.BytesIO(data), formats=("WEBP", "GIF")) as image:
-        _check(*image.size, getattr(image, "n_frames", 1))
-        found, lasts = [], []
-        for at in range(getattr(image, "n_frames", 1)):
+        count, (width, height) = getattr(image, "n_frames", 1), image.size
+        _check(width, height, 1)
+        _check(1, 1, count)
+        small, found, lasts = width * height * count <= MAX_HELD // 32, {}, []
+        for at in range(count):
             image.seek(at)
-            found.append(image.convert("RGB"))
+            image.load()  # WebP tells a frame's duration only then
             lasts.append(image.info.get("duration", 0))
-    unit = min((length for length in lasts if length > 0), default=1)
-    each = [max(1, round(length / unit)) for length in lasts]
-    _check(1, 1, sum(each))
-    place = np.repeat(np.arange(len(found)), each)
-    return {at: found[place[at]] for at in choose(len(place))}
+            if small:
+                found[at] = image.convert("RGB")
+        unit = min((length for length in lasts if length > 0), default=1)
+        each = [max(1, round(length / unit)) for length in lasts]
+        _check(1, 1, sum(each))
+        place = np.repeat(np.arange(count), each)
+        wanted = choose(len(place))
+        of = sorted({int(place[at]) for at in wanted})
+        _check(width, height, len(of))
+        for at in of if not small else ():
+            image.seek(at)
+            found[at] = image.convert("RGB")
+    return {at: found[place[at]] for at in wanted}
 
 
 def _archive(data: bytes, choose: Choose) -> Frames:
@@ -155,9 +166,10 @@ def _archive(data: bytes, choose: Choose) -> Frames:
         if wrong := [name for at, (name, number) in enumerate(zip(names, numbers)) if int(number) != first + at]:
             raise BadSample("video_order", f"{wrong[0]} is out of order, or the image before it is missing")
         found = {}
-        for at in choose(len(names)):
+        wanted = choose(len(names))
+        for at in wanted:
             with archive.open(names[at]) as file, PIL.Image.open(io.BytesIO(file.read(MAX_PIXELS))) as image:
-                _check(*image.size, 1)
+                _check(*image.size, len(wanted))
                 found[at] = image.convert("RGB")
         return found
 
@@ -184,6 +196,7 @@ def _container(data: bytes, choose: Choose) -> Frames:
                 raise BadSample("video_order", f"frame {at} is shown no later than the one before")
             before = frame.pts
             if at in wanted:
+                _check(frame.width, frame.height, len(wanted))
                 found[at] = frame.to_image()
             if len(found) == len(wanted):
                 return found
@@ -191,6 +204,6 @@ def _container(data: bytes, choose: Choose) -> Frames:
 
 
 def _check(width: int, height: int, frames: int) -> None:
-    """Raises BadSample for what would fill the memory."""
-    if width * height > MAX_PIXELS or frames > MAX_FRAMES:
+    """Raises BadSample for what would fill the memory: so many frames of this size, held at once."""
+    if width * height > MAX_PIXELS or frames > MAX_FRAMES or width * height * frames > MAX_HELD:
         raise BadSample("video_too_large", f"{frames} frames of {width} x {height}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import video
 from pipeline.data.cache import ShardCache
 from pipeline.data.errors import BadSample, DataError
 from pipeline.data.index import Index
@@ -108,6 +109,17 @@ def test_short_and_broken_videos_are_bad_samples_by_cause() -> None:
             file.writestr(f"{number}.png", png.getvalue())
     with pytest.raises(BadSample, match="different sizes"):
         decoder()(uneven.getvalue(), "zip", None)
+
+
+@pytest.mark.parametrize("kind", _video.KINDS)
+def test_what_is_held_of_a_video_is_bounded_and_no_more_than_is_wanted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of the four frames that are cut, wherever they lie, and not of the twelve that there are."""
+    data = _video.encode(FRAMES, kind)
+    monkeypatch.setattr(video, "MAX_HELD", 4 * 24 * 16)
+    assert shades(decoder(stride=2)(data, kind, None)) == [2, 4, 6, 8]
+    monkeypatch.setattr(video, "MAX_HELD", 4 * 24 * 16 - 1)
+    with pytest.raises(BadSample, match="video_too_large: 4 frames of 16 x 24"):
+        decoder(stride=2)(data, kind, None)
 
 
 def test_frames_that_are_shown_out_of_order_are_a_bad_sample() -> None:
