@@ -75,7 +75,9 @@ class Config(TowerConfig):
 
 
 class UNets(Tower):
-    """Gives `<sensor>.logits`, float32 [b, classes, h, w], for the sensors that are there. Bytes become -1 to 1, floats stay."""
+    """Gives `<sensor>.logits`, float32 [b, classes, h, w], for the sensors that are there. Bytes become -1 to 1, floats stay.
+
+    A batch has a sensor in all of its rows or in none: ConfigError where data.modalities makes one optional."""
 
     def __init__(self, config: Config) -> None:
         from segmentation_models_pytorch.base import SegmentationHead
@@ -107,6 +109,11 @@ class UNets(Tower):
         out = {}
         for name, encoder in self.encoders.items():
             if name in fields:
+                if f"{name}.present" in fields or name in (mask or {}):
+                    raise ConfigError(
+                        f"towers: unet: data.modalities.{name}.optional: blank tiles would be learnt from and scored, in batch norm too; set it "
+                        f"to false, rows without the sensor are then bad samples, or leave the sensor out of towers.unet.sensors"
+                    )
                 part = name if name in self.decoders else SHARED
                 with torch.no_grad() if self.frozen else nullcontext():
                     features = encoder(_pixels(fields[name]))
@@ -131,12 +138,13 @@ def _encoder(config: Config, bands: int) -> nn.Module:
         encoder = get_encoder(config.encoder, in_channels=bands, depth=config.depth, weights=None)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"towers: unet: encoder {config.encoder!r} with depth {config.depth} cannot be built: {error}") from None
-    return encoder if config.depth == 5 else _without_unused(encoder, bands)
+    return _without_unused(encoder, bands, config.image_size)
 
 
-def _without_unused(encoder: nn.Module, bands: int) -> nn.Module:
-    """The library builds all five levels at any depth: those that give nothing are not trained, for DDP would wait for their gradients."""
-    sum(feature.sum() for feature in encoder.eval()(torch.zeros(1, bands, 64, 64))[1:]).backward()
+def _without_unused(encoder: nn.Module, bands: int, side: int) -> nn.Module:
+    """The library builds all five levels at any depth, and some encoders' classifying layers: what gives nothing is not trained, for DDP
+    would wait for its gradients."""
+    sum(feature.sum() for feature in encoder.eval()(torch.zeros(1, bands, side, side))[1:]).backward()
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

@@ -177,17 +177,23 @@ def test_late_fusion_shares_nothing_and_middle_fusion_its_decoder_and_head(fusio
         assert shared == {name for name, _ in net.named_parameters() if name.startswith(("decoders.shared.", "heads.shared."))}
         assert all(torch.allclose(both[name], first[name] + second[name], rtol=1e-3, atol=1e-5) for name in shared)
     assert len(net.state_dict()) == len({value.data_ptr() for value in net.state_dict().values()})  # nothing is saved twice
+    with pytest.raises(ConfigError, match="data.modalities.s2.optional: blank tiles would be learnt"):
+        net(fields | {"s2.present": torch.tensor([True, False])})
 
 
-def test_an_encoder_of_the_library_trains_the_levels_that_are_used_and_no_other() -> None:
-    given = {"sensors": {"s1": 2}, "classes": K, "encoder": "resnet18", "depth": 3, "decoder_width": 4, "image_size": 32}
+@pytest.mark.parametrize(("encoder", "depth", "height"), [("resnet18", 3, 30), ("efficientnet-b0", 5, 32)])
+def test_an_encoder_of_the_library_trains_what_is_used_and_no_more(encoder: str, depth: int, height: int) -> None:
+    given = {"sensors": {"s1": 2}, "classes": K, "encoder": encoder, "depth": depth, "decoder_width": 4, "image_size": 32}
     net = parse(unet.Config, given, "test").build(None)
-    out = net({"s1": torch.zeros(2, 2, 30, 32)})["s1.logits"]  # sides need not be multiples of anything
-    assert out.shape == (2, K, 30, 32)
+    out = net({"s1": torch.zeros(2, 2, height, 32)})["s1.logits"]  # a resnet's sides need not be multiples of anything
+    assert out.shape == (2, K, height, 32)
     out.square().sum().backward()
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == {name for name, p in net.named_parameters() if p.grad is not None} and "encoders.s1.layer2.0.conv1.weight" in trained
-    assert not any(".layer3." in name or ".layer4." in name for name in trained)
+    assert trained == {name for name, p in net.named_parameters() if p.grad is not None}
+    if encoder == "resnet18":
+        assert "encoders.s1.layer2.0.conv1.weight" in trained and not any(".layer3." in name or ".layer4." in name for name in trained)
+    else:
+        assert 0 < sum(not p.requires_grad for p in net.parameters()) < 10  # the classifying layer's
 
 
 def test_uniform_predictions_and_maps_without_a_label_give_zero_and_no_nan() -> None:
