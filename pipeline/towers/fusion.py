@@ -56,6 +56,9 @@ class Config(TowerConfig):
         own = ("embedding", "logits") if self.classes else ("embedding",)
         return (*own, *(f"{name}.{feature}" for name, tower in self.inputs.items() for feature in tower.gives()))
 
+    def follows(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(teacher for tower in self.inputs.values() for teacher in tower.follows()))
+
     def prepare(self, data: TowerData) -> None:
         for tower in self.inputs.values():
             tower.prepare(data)
@@ -77,6 +80,7 @@ class Fusion(Tower):
     def __init__(self, config: Config, inputs: dict[str, Tower]) -> None:
         super().__init__()
         self.inputs = nn.ModuleDict(inputs)
+        self.followed = {name: tower.follows() for name, tower in config.inputs.items()}
         widths = {name: tower.embed_dim for name, tower in config.inputs.items()}
         total = sum(widths.values()) + len(widths)  # with a flag for each that says whether it is there
         self.mlp = self.gate = self.maps = None
@@ -90,15 +94,15 @@ class Fusion(Tower):
         self.head = nn.Linear(config.embed_dim, config.classes) if config.classes and not self.ensemble else None
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        some = next((fields[tower.field] for tower in self.inputs.values() if tower.field in fields), None)
+        found = {name: tower(fields, mask) for name, tower in self.inputs.items()}
+        some = next((given["embedding"] for given in found.values() if given), None)
         if some is None:
             return {}
         out, embeddings, flags = {}, {}, []
-        for name, tower in self.inputs.items():
-            given = tower(fields, mask)
+        for name, given in found.items():
             out |= {f"{name}.{feature}": value for feature, value in given.items()}
-            embeddings[name] = given.get("embedding", torch.zeros(len(some), self.widths[name], device=some.device))
-            flags.append(present(tower.field, fields, mask) if given else torch.zeros(len(some), 1, device=some.device))
+            embeddings[name] = given.get("embedding", some.new_zeros(len(some), self.widths[name]))
+            flags.append(self._there(name, fields, mask, some) if given else some.new_zeros(len(some), 1))
         there = torch.cat(flags, 1)
         if self.ensemble:
             return out | {"embedding": torch.cat([*embeddings.values()], 1), "logits": self._mean(out, there)}
@@ -108,6 +112,22 @@ class Fusion(Tower):
         if self.head is not None:
             out["logits"] = self.head(fused).float() * any_there
         return out
+
+    def _there(self, name: str, fields: dict[str, Tensor], mask: dict[str, Tensor] | None, like: Tensor) -> Tensor:
+        """float32 [b, 1]; an input that takes cached features has them in every valid row."""
+        field = self.inputs[name].field
+        return present(field, fields, mask) if field in fields else like.new_ones(len(like), 1)
+
+    def fitted(self, name: str, stored: Tensor, like: Tensor) -> Tensor:
+        if not name.startswith("inputs."):
+            return stored
+        _, which, part = name.split(".", 2)
+        return self.inputs[which].fitted(part, stored, like)
+
+    def check_followed(self, teacher: str, writer: str) -> None:
+        for name, tower in self.inputs.items():
+            if teacher in self.followed[name]:
+                tower.check_followed(teacher, writer)
 
     def _mean(self, out: dict[str, Tensor], there: Tensor) -> Tensor:
         """[b, classes]: the log of the mean probability over the modalities that a row has."""

@@ -131,6 +131,10 @@ class Video(Tower):
 
     def check_followed(self, teacher: str, writer: str) -> None:
         weights, needs_patches = self.spatial.state_dict(), self.spatial.patches
+        if needs_patches and writer == fingerprint(self.config, weights, False):
+            raise ConfigError(
+                f"towers: video: teachers.{teacher} holds no patches, which adapter: attnpool looks at; write it again with patches: true"
+            )
         if writer not in {fingerprint(self.config, weights, patches) for patches in {needs_patches, True}}:
             raise ConfigError(
                 f"towers: video: teachers.{teacher} was written by another frame encoder, or for other clips, than this tower evaluates with: "

@@ -13,6 +13,8 @@ from torch import Tensor
 from benchmarks.common import saved_bytes
 from pipeline.config import ConfigError, dump, parse
 from pipeline.run import RunConfig, TrainedRun
+from pipeline.towers import fusion
+from pipeline.towers._frames import fingerprint
 from pipeline.towers.video import Config, Video, stretch
 from pipeline.weights import InitFrom
 from tests.distill import refused, train
@@ -142,6 +144,24 @@ def test_the_image_tower_of_an_open_clip_model_and_what_does_not_fit_one() -> No
     for wrong in ({"tubelet": 3}, {"temporal_heads": 3}):
         with pytest.raises(ValueError, match="expected a multiple"):
             tower(**wrong)
+
+
+def test_a_fused_video_follows_its_cache_and_takes_other_lengths_over() -> None:
+    eye = NET | {"name": "video", "clip": {"frames": 8, "size": 8}, "cached": "frames", "adapter": "attnpool"}
+    config = parse(fusion.Config, {"inputs": {"eye": eye}, "embed_dim": 4}, "test")
+    assert config.follows() == ("frames",)
+    made, like = config.build(Path()), torch.zeros(1, 5, 16)
+    out = made({"frames.frames": torch.randn(3, 4, 16), "frames.patches": torch.randn(3, 4, 4, 16)})
+    assert out["eye.embedding"].shape == (3, 16) and (out["embedding"] != 0).any(1).all()
+    stored = torch.randn(1, 9, 16)
+    assert torch.equal(made.fitted("inputs.eye.temporal.position", stored, like), stretch(stored, 4))
+    inner = made.inputs["eye"]
+    made.check_followed("frames", fingerprint(inner.config, inner.spatial.state_dict(), True))
+    made.check_followed("others", "unknown")
+    with pytest.raises(ConfigError, match="teachers.frames holds no patches.* write it again with patches: true"):
+        made.check_followed("frames", fingerprint(inner.config, inner.spatial.state_dict(), False))
+    with pytest.raises(ConfigError, match="another frame encoder"):
+        made.check_followed("frames", "unknown")
 
 
 @pytest.fixture(scope="module")
