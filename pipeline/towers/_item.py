@@ -143,6 +143,10 @@ def language_model(given: dict[str, Any], pretrained: str | None, vocab_size: in
         llm = _saved(given, pretrained)
     if getattr(llm.config, "is_encoder_decoder", False) or not hasattr(llm.config, "hidden_size"):
         raise ConfigError(f"towers: mlrm: llm: {llm.config.model_type} is no decoder alone; expected a causal language model such as llama")
+    if not is_causal(llm):
+        raise ConfigError(
+            f"towers: mlrm: llm: in {llm.config.model_type} a token sees those after it; expected a causal language model such as llama"
+        )
     rows = llm.get_input_embeddings().num_embeddings
     if rows < vocab_size and pretrained is None:
         raise ConfigError(
@@ -155,6 +159,24 @@ def language_model(given: dict[str, Any], pretrained: str | None, vocab_size: in
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     return llm
+
+
+@torch.no_grad()
+def is_causal(llm: nn.Module) -> bool:
+    """Whether the states of three tokens are the same before another fourth one: padding without a mask, and mICL's slot, rest on that.
+
+    Costs a forward of eight tokens; nothing is drawn from torch's generator.
+    """
+    training, make = llm.training, torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 4, llm.config.hidden_size, generator=make).repeat(2, 1, 1)
+    tokens[1, 3] *= -1
+    try:
+        one, other = llm.eval()(inputs_embeds=tokens, use_cache=False).last_hidden_state[:, :3]
+    except (TypeError, ValueError):  # transformers' decoders take both arguments
+        return False
+    finally:
+        llm.train(training)
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def _llm_config(given: dict[str, Any], vocab_size: int) -> Any:
