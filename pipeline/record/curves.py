@@ -51,7 +51,7 @@ def evaluation_plots(runs: Sequence[Run]) -> list[Plot]:
     return found
 
 
-# what an objective of stage 2 tells of itself: suffix of its key, title, axis, caption, chance
+# what an objective tells of itself: suffix of its key, title, axis, caption, chance
 _TELEMETRY = (
     (
         "information_teacher_student",
@@ -82,6 +82,14 @@ _TELEMETRY = (
         0.5,
     ),
     ("agreement", "Agreement with the teacher", "share of rows", "Rows of which student and teacher name the same class.", None),
+    (
+        "label_agreement",
+        "Pixels whose label is predicted",
+        "share of labelled pixels",
+        "Of the training labels as they are, wrong ones too: near 1 means that wrong labels are learnt by heart.",
+        None,
+    ),
+    ("label_weight", "How far labels are believed", "mean weight", "Of all labelled pixels; 1 is every label in full.", None),
     ("cosine", "Features like the teacher's", "mean cosine", "Of the student's rows, after the projector, with the teacher's.", None),
 )
 

@@ -165,6 +165,7 @@ def test_a_run_is_trained_evaluated_and_reported_and_its_encoder_goes_on(shards:
     assert told["images"] == 8 and set(told["segmentation"]) == {"s1", "s2"} and told["segmentation"]["s1"]["pixels"] == 8 * 32 * 32
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Segmentation, held-out maps" in page and "8 held-out maps" in page and "zero-shot" not in page
+    assert "<h3>Pixels whose label is predicted" in page and "<h3>How far labels are believed" in page
     single = ["towers.student.sensors={s2: 4}", "towers.student.frozen=true", "objectives.cromss.second=null", "visits=1"]
     single += ["objectives.cromss.first=s2.logits", f"init_from={{run: {run}, towers: {{student.encoders.s2: student.encoders.s2}}}}"]
     train(tiny(shards, tmp_path / "transfer", *single))
