@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks import systems_notellm2
 from pipeline.__main__ import main
 from pipeline.config import ConfigError
 from pipeline.data.cache import ShardCache
@@ -111,6 +112,20 @@ def test_recall_is_of_the_partner_among_all_second_items() -> None:
     assert found["queries"] == 19 and found["r1"] == pytest.approx(18 / 19) and found["chance"]["r1"] == pytest.approx(1 / 20)
     assert recalls(queries, pool, torch.arange(20) == 3)["r1"] == 0
     assert recalls(queries, pool, torch.arange(20) == 7) is None
+
+
+@pytest.mark.parametrize("variant", systems_notellm2.VARIANTS)
+def test_the_toy_reads_its_vectors_where_its_prompts_end(variant: str) -> None:
+    world = systems_notellm2.World(0)
+    one, other = world.pairs(torch.Generator().manual_seed(0), 40, distinct=True)
+    model = systems_notellm2.Model(variant, None)
+    ids, places = systems_notellm2.ids_of(model.prompt, model.image, one.words)
+    last = model.items.last(ids) - model.items.shift
+    assert (ids.gather(1, last[:, None]) == systems_notellm2.QUOTE).all()
+    assert (last - places.text_at).tolist() == (one.words != 0).sum(1).tolist()
+    assert places.answer_at is None or (ids[:, places.answer_at - 1] == systems_notellm2.QUOTE).all()
+    same, others = systems_notellm2.measure(model, (one, one)), systems_notellm2.measure(model, (one, other))
+    assert same["R@1"] > 80 and same["R@1"] > others["R@1"] and all(0 <= value <= 200 for value in others.values())
 
 
 def test_saliency_says_where_the_loss_hangs() -> None:
