@@ -182,7 +182,7 @@ def test_tuxpaint_variants_are_in_one_split_and_a_wrong_folder_is_named(tmp_path
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:dc="http://purl.org/dc/elements/1.1/" width="30" height="30">'
-    '<metadata><dc:title>{title}</dc:title></metadata><rect width="5" height="5"/></svg>'
+    '<metadata><dc:title>{title}</dc:title></metadata><rect width="{width}" height="5"/></svg>'
 )
 
 
@@ -193,7 +193,7 @@ def drawings(tmp_path: Path) -> Path:
     titles = {f"animals/{bird}_{n}": f"Big {bird.title()}s" if n else "Part of a Collection" for bird in BIRDS for n in (0, 1)}
     for path, title in (titles | {"shapes/stars/star1": "star", "food/pie": "", "food/12": "Twelve"}).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{path}.svg").write_text(SVG.format(title=title))
+        (folder / f"{path}.svg").write_text(SVG.format(title=title, width=len(list(folder.rglob("*.svg"))) + 1))
     (folder / "food" / "cake.svg").symlink_to("pie.svg")
     return folder
 
@@ -211,6 +211,12 @@ def test_openclipart_knows_by_the_file_names_which_titles_are_copied(tmp_path: P
     make("openclipart", tmp_path / "test", *given, "--split", "test", "--captions", "name")
     names = {one["txt"].decode().split()[0] for one in samples(tmp_path / "test")}
     assert names and not names & {row["caption"].split()[0] for row in truth} and not (tmp_path / "test" / "truth.parquet").exists()
+    twins = shutil.copytree(drawings, tmp_path / "twins", symlinks=True)
+    known = next(path for path in sorted(twins.rglob("*.svg")) if path.stem.split("_")[0] in {one.split()[0] for one in names})
+    bird = next(row["caption"].split()[0] for row in truth)
+    (twins / "animals" / f"{bird}_2.svg").write_text(known.read_text().replace("Part of a Collection", "A Twin"))  # in train too
+    said = make("openclipart", tmp_path / "apart", "--svg", twins, "--size", 16, "--split", "test", "--captions", "name")
+    assert "drawings of train under another name 1" in said and len(samples(tmp_path / "apart")) == len(samples(tmp_path / "test")) - 1
     make("openclipart", tmp_path / "unique", *given, "--unique")
     unique = [one["txt"].decode() for one in samples(tmp_path / "unique")]
     assert sorted(unique) == sorted(set(captions))

@@ -27,11 +27,12 @@ _STARS = "shapes/stars"  # 1,378 drawings that a program made
 
 
 class Clip(NamedTuple):
-    """One drawing. path: from the folder of all, with extension. name: its file name as words."""
+    """One drawing. path: from the folder of all, with extension. name: its file name as words. body: a hash of what is drawn."""
 
     path: str
     name: str
     title: str
+    body: bytes = b""
 
     @property
     def noisy(self) -> bool | None:
@@ -65,7 +66,8 @@ class Source(Base):
     def fingerprint(self) -> dict:
         files = hashlib.sha256("\n".join(f"{one.path} {one.title}" for one in clips(self.folder)[0]).encode()).hexdigest()
         given = {name: getattr(self.options, name) for name in ("split", "size", "limit", "captions", "unique")}
-        return {"source": "openclipart", "licence": LICENCE, "files": files, "natural": self.options.captions == "title"} | given
+        apart = {"without_train": True} if self.options.split == "test" else {}
+        return {"source": "openclipart", "licence": LICENCE, "files": files, "natural": self.options.captions == "title"} | given | apart
 
     def plan(self, seed: int, captions: bool, window: int) -> Plan:
         found = self._found()
@@ -92,10 +94,20 @@ class Source(Base):
         left = ", ".join(f"{cause} {count}" for cause, count in sorted(clips(self.folder)[1].items()))
         told = Counter({True: "noisy", False: "clean", None: "unclear"}[one.noisy] for one in self._found())
         rule = ", ".join(f"{name} {count}" for name, count in sorted(told.items()))
-        return f"licence {LICENCE}; titles by the file-name rule: {rule}; not taken: {left}"
+        twins = f", drawings of train under another name {count}" if (count := self._of_split()[1]) else ""
+        return f"licence {LICENCE}; titles by the file-name rule: {rule}; not taken: {left}{twins}"
+
+    def _of_split(self) -> tuple[list[Clip], int]:
+        """The drawings of the split, which their names decide; and how many of `test` are left out, being in `train` under another name."""
+        parts = {split: [] for split in ("train", "test")}
+        for one in clips(self.folder)[0]:
+            parts[split_of(re.sub(r"[\d\s]+$", "", one.name))].append(one)
+        trained = {one.body for one in parts["train"]} if self.options.split == "test" else set()
+        found = [one for one in parts[self.options.split] if one.body not in trained]
+        return found, len(parts[self.options.split]) - len(found)
 
     def _found(self) -> list[Clip]:
-        found = [one for one in clips(self.folder)[0] if split_of(re.sub(r"[\d\s]+$", "", one.name)) == self.options.split]
+        found, _ = self._of_split()
         return list({one.title: one for one in found}.values()) if self.options.unique else found
 
 
@@ -119,13 +131,21 @@ def clips(folder: str) -> tuple[list[Clip], Counter[str]]:
                 left["links"] += 1
             elif path.startswith(_STARS):
                 left["procedural_stars"] += 1
-            elif not (title := _title(Path(root, name))):
-                left["no_title"] += 1
             else:
-                found.append(Clip(path, re.sub(r"[\W_]+", " ", name[:-4]).strip(), title))
-    return found, left
+                text = Path(root, name).read_text(encoding="utf-8", errors="replace")
+                title = _title(text)
+                left["no_title"] += not title
+                found += [Clip(path, re.sub(r"[\W_]+", " ", name[:-4]).strip(), title, _body(text))] if title else []
+    return found, +left
 
 
-def _title(path: Path) -> str:
-    found = re.search(r"<dc:title[^>]*>(.*?)</dc:title>", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+def _title(text: str) -> str:
+    found = re.search(r"<dc:title[^>]*>(.*?)</dc:title>", text, re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", found[1])).split()) if found else ""
+
+
+def _body(text: str) -> bytes:
+    """A hash of the drawing: without metadata, title, description, comments, what editors note for themselves, and white space."""
+    text = re.sub(r"<!--.*?-->|<(metadata|title|desc|sodipodi:namedview)\b[^>]*?(/>|>.*?</\1>)", "", text, flags=re.DOTALL)
+    text = re.sub(r"""\s(sodipodi|inkscape|xmlns):[\w-]+=("[^"]*"|'[^']*')""", "", text)
+    return hashlib.sha256("".join(text.split()).encode()).digest()
