@@ -51,6 +51,7 @@ class Run:
         for tower in config.towers.values():
             tower.prepare(TowerData(self.folder, self.sources.captions))
         self.decoders = make_decoders(config, self.folder, train=True)
+        self._same_at_every_visit()
         torch.manual_seed(config.seed)
         self.task = self.raw = build_task(config, self.folder, self.comm)
         self.device = torch.device("cpu")
@@ -60,9 +61,23 @@ class Run:
         self.watch = Watch(selector, self.comm, plan.steps_for, self.folder)
         rejected = any(objective.rejected() for objective in config.objectives.values())
         self.scoring = Scoring(config.scoring, self, self.groups, self.lanes, config.seed, rejected, self.watch)
+        began = time.process_time()
         self.samples = self._decode()
+        self.loading = (time.process_time() - began) / self.sources.num_samples  # CPU seconds of a sample, read and decoded once
         self.scored = self.trained = 0
         self.log: list[pa.Table] = []
+
+    def _same_at_every_visit(self) -> None:
+        """Raises ConfigError where a visit would see something else of a sample than another one does: all are decoded once."""
+        plain = make_decoders(self.config, self.folder, train=False)
+        varied = [name for name, decoder in self.decoders.items() if decoder.settings() != plain[name].settings()]
+        if varied:
+            raise ConfigError(
+                f"memory: true: decodes once, but {', '.join(varied)} is augmented; set augmentation to null, or memory to false"
+            )
+        count = self.sources.num_samples
+        if (captions := sum(1 for _ in self.sources.captions(count))) > count:
+            raise ConfigError(f"memory: true: decodes once, but the {count} samples have {captions} captions, of which each visit draws one")
 
     def _decode(self) -> Batch:
         every = np.arange(self.sources.num_samples)
@@ -120,7 +135,8 @@ class Run:
         self.log.append(pa.table([pa.array(column) for column in columns], schema=LOG_SCHEMA))
 
     def result(self) -> dict[str, Any]:
-        """What result.json holds of a real run, as far as the grid reads it. The log is written where a real run has it."""
+        """What result.json holds of a real run, as far as the grid reads it, and `loading_seconds`, the CPU seconds that reading and
+        decoding all that was offered would have taken. The log is written where a real run has it."""
         (self.folder / "selection").mkdir(exist_ok=True)
         pq.write_table(
             pa.concat_tables(self.log), self.folder / "selection" / f"step-{self.steps:08d}-rank0000.parquet", compression="zstd"
@@ -130,7 +146,8 @@ class Run:
         found, _ = measure(held, config, self.decoders, self.features, torch.device("cpu"))
         warmup = visits_of(self.folder, self.config.selector.warmup_visits)
         quality = judge_selection(self.folder, self.sources, [source.url for source in self.config.data.sources], warmup)
-        return found | {"selection": quality, "samples": {"scored": self.scored, "trained": self.trained}}
+        samples = {"scored": self.scored, "trained": self.trained}
+        return found | {"selection": quality, "samples": samples, "loading_seconds": self.loading * self.steps * self.lanes.layout.batch}
 
 
 def run(config: RunConfig) -> tuple[dict[str, Any], float]:
