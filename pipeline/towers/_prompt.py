@@ -149,3 +149,8 @@ def written(title: str = "", topic: str = "", content: str = "") -> str:
     """A note's fields as the prompt has them; those that are empty are left out."""
     parts = {"title": title, "topic": topic, "content": content}
     return ", ".join(f'"{name}": {json.dumps(text, ensure_ascii=False)}' for name, text in parts.items() if text)
+
+
+def words(note: str) -> int:
+    """How many words the fields of a `written` note hold together."""
+    return sum(len(text.split()) for text in json.loads(f"{{{note}}}").values())

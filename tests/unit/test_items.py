@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from safetensors.torch import load_file
 
 from benchmarks import systems_notellm2
 from pipeline.__main__ import main
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, parse
 from pipeline.data.cache import ShardCache
+from pipeline.data.fetch import Fetch
 from pipeline.data.index import Index
 from pipeline.data.read import Reader
-from pipeline.evaluation.items import recalls
+from pipeline.data.sources import DataConfig, Sources
+from pipeline.evaluation.items import _words, recalls
 from pipeline.evaluation.saliency import saliency
 from pipeline.run import TrainedRun
 from pipeline.towers._item import ConnectorConfig, ItemEncoder, Places, language_model
+from pipeline.towers._prompt import ItemText
 from pipeline.towers.mlrm import FILE
 from tests.distill import refused, train
 from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
@@ -84,14 +88,33 @@ def test_a_run_on_frozen_vision_and_its_evaluation(pairs: Path, clip: Path, tmp_
     assert result["pairs"] == 96
     asked = {name: figures["queries"] for name, figures in result["related"].items()}
     assert asked.pop("whole") == 96 and len(asked) == 3 and all(0 < count < 96 for count in asked.values())
-    whole = result["related"]["whole"]
+    words = [len(sample.get("txt", b"").decode().split()) for sample in samples(pairs)]
+    assert asked["short_text"] == sum(count <= 1 for count in words)
+    whole, image = (result["related"][name] for name in ("whole", "image_only"))
     assert whole["r10"] <= whole["r100"] == 1.0 and whole["chance"]["r10"] == pytest.approx(10 / 96)
+    drawn = sum("related_image.png" in sample for sample in samples(pairs))
+    assert drawn < 96 and image["chance"]["r10"] == pytest.approx(10 / drawn)
     assert main(["report", str(out)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "Of 96 held-out items" in page and "R@10, image only" in page and "no zero-shot figures" not in page
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         (out / FILE).unlink()
         TrainedRun(out)
+
+
+def test_words_are_counted_in_the_members_that_the_tower_reads(tmp_path: Path) -> None:
+    notes = [{"title": "a red house", "content": "to let"}, {"topic": ["sky"]}, None]
+    with tarfile.open(tmp_path / "notes.tar", "w") as tar:
+        for row, note in enumerate(notes):
+            for name, data in (("a.json", note and json.dumps(note).encode()), ("b.json", b'{"title": "b"}')):
+                if data is not None:
+                    member = tarfile.TarInfo(f"{row:03d}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    assert make_shards(["tars", str(tmp_path / "index"), "--shards", str(tmp_path / "notes.tar"), "--workers", "1"]) == 0
+    given = {"sources": [{"url": str(tmp_path / "index")}], "modalities": {"text": {"members": ["a"], "optional": True}}, "batch": 4}
+    texts = Fetch(Sources.open(parse(DataConfig, given, "test")), {"text": ItemText(str)}, seed=None)
+    assert [_words(texts, row) for row in range(3)] == [5, 1, 0]
 
 
 def test_what_an_item_run_cannot_do_is_said_before_training(pairs: Path, clip: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -110,6 +133,11 @@ def test_recall_is_of_the_partner_among_all_second_items() -> None:
     every = torch.ones(20, dtype=torch.bool)
     found = recalls(queries, pool, every)
     assert found["queries"] == 19 and found["r1"] == pytest.approx(18 / 19) and found["chance"]["r1"] == pytest.approx(1 / 20)
+    lacking = pool.clone()
+    lacking[:15] = 0  # of cosine 0 with all: they were as good as the right answer of a query that points away from it
+    lacking[17], away = pool[19], -pool
+    found = recalls(away, lacking, every)
+    assert found["queries"] == 5 and found["chance"]["r1"] == pytest.approx(1 / 5) and found["r10"] == 1
     assert recalls(queries, pool, torch.arange(20) == 3)["r1"] == 0
     assert recalls(queries, pool, torch.arange(20) == 7) is None
 
