@@ -183,8 +183,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, Watch(selector, comm, plan.steps_for, folder))
     trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
-        periodic = PeriodicStudent if classifies(config.towers) else Periodic
-        trainer.evaluate = periodic(config, folder, engine, record, sources, make_decoders(config, folder, train=False))
+        kind, plain = PeriodicStudent if classifies(config.towers) else Periodic, make_decoders(config, folder, train=False)
+        trainer.evaluate = together(comm, lambda: kind(config, folder, engine, record, sources, plain))
         trainer.evaluate_every = config.evaluation.every
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)
