@@ -26,6 +26,7 @@ from pipeline.run import TrainedRun
 from pipeline.towers._item import ConnectorConfig, ItemEncoder, Places, language_model
 from pipeline.towers._prompt import ItemText
 from pipeline.towers.mlrm import FILE
+from slurm.plan import measure
 from tests.distill import refused, train
 from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
 from tests.runs import last_checkpoint
@@ -123,6 +124,13 @@ def test_what_an_item_run_cannot_do_is_said_before_training(pairs: Path, clip: P
     refused(wired, ConfigError, r"objectives.pairs reads \['visual', 'related_visual'\]")
     periodic = config(pairs, tmp_path / "b", clip, evaluation={"data": str(pairs), "every": 2, "workers": 0})
     refused(periodic, ConfigError, "segments or relates items is evaluated at the end")
+
+
+def test_a_dry_run_counts_the_tower_without_any_file_of_weights(pairs: Path, clip: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = config(pairs, tmp_path, clip)
+    missing = run.towers["student"].model_copy(update={"pretrained": "models/none"})
+    counted = measure(run.model_copy(update={"towers": {"student": missing}}))
+    assert counted.flops > 1e6 and 5e4 < counted.parameters < 1e5
 
 
 def test_recall_is_of_the_partner_among_all_second_items() -> None:
