@@ -29,7 +29,6 @@ from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.text import BpeTokenizer, train_bpe
 
 BATCH, WINDOW, LANES = 256, 4, 4
-SEEN_PER_BATCH = 5  # candidates for each row that is read, where 80 % are skipped
 
 
 def decoders(tokenizer: Path, size: int) -> dict[str, Decoder]:
@@ -62,6 +61,7 @@ class Ours:
 
     def __init__(self, cell: dict[str, Any], fields: dict[str, Decoder], skip: bool = False) -> None:
         self.cell, self.fields, self.skip = cell, fields, skip
+        self.passed = 0  # samples that were skipped before the first batch
         if "://" in cell["place"]:
             importlib.import_module("s3fs")  # not on the clock, as the peers' are not
 
@@ -75,7 +75,7 @@ class Ours:
         if self.skip:
             walk = Walk(lanes, SkipConfig(share=0.8, after_visits=1), torch.device("cpu"))
             walk.rejected.fill_(1)
-            walk.begin()
+            self.passed = walk.begin()
             requests = (_next(walk) for _ in range(steps))
         return iter(batches(Fetch(sources, self.fields, seed=0), requests, self.cell["workers"]))
 
@@ -200,7 +200,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     before, spent, began = memory(), cpu(), time.perf_counter()
     iterator, rows, highest, first, state = loader.start(caches[0], None), 0, 0, 0.0, None
     for done, batch in enumerate(iterator, 1):
-        rows += len(batch["image"] if isinstance(batch, dict) else batch)
+        rows += len(batch["image"]) if isinstance(batch, dict) else len(batch) + batch.skipped
         first = first or time.perf_counter() - began
         if done in (steps // 2, 3 * steps // 4):
             highest = max(highest, memory())
@@ -211,7 +211,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     gc.collect()  # workers end, and are counted
     used, began = cpu() - spent, time.perf_counter()
     if "skipped" in cell["loader"]:
-        rows, resumed = SEEN_PER_BATCH * rows, None
+        rows, resumed = rows + loader.passed, None
     else:
         iterator = loader.start(caches[1], state)
         next(iterator)

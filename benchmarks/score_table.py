@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import interleave, machine, save, summary
 from pipeline.data.lanes import RankLanes, SourceShape, layout
-from pipeline.data.skip import SkipConfig, Walk
+from pipeline.data.skip import RING, SkipConfig, Walk
 from pipeline.distributed import checkpoint
 from pipeline.distributed.host import Host
 from pipeline.selection.base import Candidates, Selector
@@ -30,7 +30,9 @@ SHARD, LANES, TURNS = 10_000, 1024, 64
 def update(selector: Selector, batch: int, rounds: int) -> dict[str, Any]:
     """CPU milliseconds of a whole choice (which updates the table), and of the update alone."""
     make = torch.Generator().manual_seed(1)
-    slots = [torch.randint(len(selector.scores), (batch,), generator=make).unique() for _ in range(TURNS)]
+    slots = [torch.randint(len(selector.scores), (batch,), generator=make) for _ in range(TURNS)]
+    for slot in slots:
+        slot[-batch // 64 :] = slot[: batch // 64]  # twice in a batch, as where a visit ends and the next begins
     groups = [Candidates(slot, torch.rand(len(slot), generator=make), batch // 5, sample=slot, step=i) for i, slot in enumerate(slots)]
     turn = iter(range(10**9))
     calls = {
@@ -62,6 +64,17 @@ def saved(lanes: RankLanes, columns: dict[str, torch.Tensor]) -> dict[str, float
         return {"mb": path.stat().st_size / 1e6, "bytes_a_sample": path.stat().st_size / lanes.num_samples} | seconds
 
 
+def _as_if_trained(walk: Walk) -> None:
+    """Rejections in a row from 0 to 20, the fewer the longer, a tenth of the samples never; and bits of eight visits, each of its own draw."""
+    make, count = torch.Generator().manual_seed(2), len(walk.rejected)
+    walk.rejected.copy_((1 + torch.empty(count).exponential_(1 / 5, generator=make)).clamp_(max=20))
+    walk.rejected[torch.rand(count, generator=make) < 0.1] = 0
+    often = walk.rejected >= walk.config.after_visits
+    for bit in range(RING):
+        skipped = (often & (torch.rand(count, generator=make) < 1 - 1 / walk.config.rescore_visits)).numpy()
+        walk.bits |= skipped.astype(np.uint8) << np.uint8(bit)
+
+
 def run(samples: int, ranks: int, batch: int, rounds: int) -> dict[str, Any]:
     """The figures of rank 0."""
     edges = np.append(np.arange(0, samples, SHARD), samples)
@@ -81,13 +94,14 @@ def run(samples: int, ranks: int, batch: int, rounds: int) -> dict[str, Any]:
     result |= {"batch": batch, "bar_ms": BAR_MS, "times": update(selector, batch, rounds)}
     result["checkpoint"] = saved(lanes, selector.state_dict())
     walk = Walk(lanes, SkipConfig(), torch.device("cpu"))
-    walk.rejected[torch.rand(lanes.num_samples, generator=torch.Generator().manual_seed(2)) < 0.9] = 2
+    _as_if_trained(walk)
     began = time.process_time()
     walk.begin()
     result["skip"] = {
         "enter_a_visit_cpu_seconds": time.process_time() - began,
         "skipped_share": 1 - float(walk._count[0].sum()) / lanes.num_samples,
     }
+    selector.scores.visits.random_(3, 21, generator=torch.Generator().manual_seed(3))  # a sample that is skipped is scored less often
     steps = interleave({"a step": lambda: (walk.next(), walk.advance())}, min(rounds, 50))
     result["skip"] |= {"step": summary(steps["a step"]), "checkpoint": saved(lanes, selector.state_dict() | walk.columns())}
     return result
