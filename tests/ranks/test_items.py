@@ -5,9 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from pipeline.config import to_yaml
-from tests.items import clip, config, pairs  # noqa: F401, fixtures
+from pipeline.towers._item import language_model
+from pipeline.towers._prompt import TokensConfig, write_tokenizer
+from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
 from tests.ranks.test_ranks import free_port
 from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
 
@@ -38,6 +43,34 @@ def test_two_ranks_and_all_on_the_host_train_like_one_process(
         for (_, loss, norm), (_, other, its_norm) in zip(found, expected):
             assert loss == pytest.approx(other, abs=2e-5) and norm == pytest.approx(its_norm, rel=1e-3), name
         assert json.loads((tmp_path / name / "facts.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_saved_language_model_with_added_tokens_is_whole_under_stage_3(
+    launcher: Launcher,
+    pairs: Path,  # noqa: F811
+    clip: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """New rows of the embedding are the mean of the others before the engine parts the weights, and two small steps leave them near it."""
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    write_tokenizer(TokensConfig(vocab_size=420), None, lambda: ["arrow up", "cloud"] * 20, folder / "tokenizer.json")
+    torch.manual_seed(0)
+    saved = language_model(LLM, None, Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
+    saved.config.to_json_file(folder / "config.json", use_diff=False)
+    save_file(saved.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    given = config(pairs, tmp_path / "run", clip).towers["student"].model_dump(mode="json")
+    given |= {"pretrained": str(folder), "tokens": {"add": True, "image": "<picture>", "answer": "<slot>", "pad": "<blank>"}}
+    zero = {"precision": "fp32", "threads": 1, "zero": {"stage": 3, "persist_below": 100, "offload": "all"}}
+    rest = {"towers": {"student": given}, "steps": 2, "engine": zero, "optimizer": {"lr": 1e-4}}
+    for child in launcher.ranks(2, command(pairs, tmp_path / "run", clip, **rest), free_port()):
+        child.finish()
+    found = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert all(value.isfinite().all() for value in found.values())
+    after, before = found["towers.student.items.llm.embed_tokens.weight"], saved.get_input_embeddings().weight.detach()
+    assert len(after) == len(before) + 3 and torch.allclose(after[: len(before)], before, atol=1e-3)
+    assert torch.allclose(after[len(before) :], before.mean(0).expand(3, -1), atol=1e-3)
 
 
 @pytest.mark.slow
