@@ -249,7 +249,7 @@ def test_8_freezing_alone_fails_and_a_short_first_stage_mends_it() -> None:
     from benchmarks import systems_sfa_vivit as sfa
 
     one = sfa.Experiment(0)
-    image = sfa.image_checkpoint(0)
+    image, _ = sfa.image_checkpoint(0)
     one.fit("frozen", sfa.made(sfa.LONG, 0, image, ("spatial",), frozen=True), sfa.LONG, sfa.STAGE_2, sfa.LR)
     short = sfa.made(sfa.SHORT, 0, image, ("spatial",))
     one.fit("stage 1", short, sfa.SHORT, sfa.WHOLE, sfa.LR)
