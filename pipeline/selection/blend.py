@@ -65,7 +65,8 @@ class Blend(Selector):
     k4 is below 0 for p between 1/2 - 1/sqrt(12) = 21 % and 79 % (Darlington, The American Statistician 24(2), 1970: kurtosis says how
     far from bimodal), k3 is above 0 for p above one half. Clean pairs alone have neither: their scores rise towards one ceiling and the
     hard pairs trail behind, a tail to the left, k3 < 0 < k4. That is taken for one class, and from there on rows are drawn at random,
-    as `random` draws them, without a scoring pass. What it costs: less than some tenth of noisy pairs is not seen, and trained on. What
+    as `random` draws them, without a scoring pass. What it costs: less than some tenth of noisy pairs is not seen, and trained on; and a
+    warm-up that ends before the classes have come apart is one class for good (docs/evidence.md), so `warmup_visits: auto` goes with it. What
     does not work is the usual test, the likelihood of one Gaussian against that of two: of 3,000 clean pairs it finds two by 85 to 185 nats,
     for the tail is no Gaussian, and a group of 64 rows is too few to find the two that are there (docs/evidence.md).
 
