@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from report_runs import COLOURS, EVIL, Page, bomb, large, log_table, make_run, page_of, png, shards
 
 from pipeline.config import ConfigError
 from pipeline.data.errors import DataError
 from pipeline.record import plots
 from pipeline.record.images import contact_sheets, load_pairs, load_samples, load_truth
 from pipeline.record.report import write_report
+from tests.unit.report_runs import COLOURS, EVIL, Page, bomb, large, log_table, make_run, page_of, png, shards
 
 SECTIONS = {"run", "comparison", "curves", "pairs", "retrieval"}
 
