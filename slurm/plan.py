@@ -17,6 +17,7 @@ from pipeline.data.index import Index
 from pipeline.data.lanes import Layout, RankLanes, SourceShape, layout
 from pipeline.distributed.views import View
 from pipeline.run import RunConfig
+from pipeline.selection.rate import RateSchedule
 from pipeline.selection.scoring import ScoringConfig
 from pipeline.task import check_wiring
 from pipeline.towers._views import KEPT
@@ -193,14 +194,15 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     world = cluster.world
     found = plan(config, world, samples)
     steps, batch = config.num_steps(found.num_samples), found.batch
-    keep, rate = found.keep(config.selector.rate_at(math.inf)) * found.groups, config.selector.rate_at(math.inf)
+    rate, in_the_end = trained_share(config, math.inf), " in the end" if isinstance(config.selector.rate, RateSchedule) else ""
+    keep = found.keep(rate) * found.groups
     warmup = config.selector.last_warmup_step(found.steps_for, steps)
     yield f"ranks        {world} = {cluster.nodes} nodes x {cluster.tasks_per_node}"
     yield f"samples      {found.num_samples:,} ({'given' if samples else 'by the index'}) in {len(found.sources)} source(s)"
     smallest, largest = int(found.size.min()), int(found.size.max())
     yield f"lanes        {found.lanes}, {found.lanes // world} a rank, {smallest:,} to {largest:,} samples each, {found.per_lane} of each in a batch"
     yield f"batch        {batch:,} candidates, {batch // world} a rank; {found.groups} groups of {batch // found.groups}, {found.groups // world} a rank"
-    yield f"trained      {keep:,} of them, {keep // world} a rank ({config.selector.name}, rate {rate}{' in the end' if rate != config.selector.rate else ''})"
+    yield f"trained      {keep:,} of them, {keep // world} a rank ({config.selector.name}, rate {rate}{in_the_end})"
     yield f"steps        {steps:,}, of which {warmup:,} gather history; each sample is offered {steps * batch / found.num_samples:.1f} times"
     device, host = table_bytes(found, world)
     built = built_bytes(found, world)
@@ -220,10 +222,15 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     yield from forecast(config, model, cluster, batch, trained_rows(config, found, steps - warmup), (warmup, steps))
 
 
+def trained_share(config: RunConfig, visits: float) -> float:
+    """The rate after warm-up, when the average sample has been offered `visits` times; 1 for a selector that trains all and reads no rate."""
+    return 1.0 if config.selector.build(1).trains_all(0) else config.selector.rate_at(visits)
+
+
 def trained_rows(config: RunConfig, found: Layout, steps: int) -> float:
     """Rows trained of a batch, on average over the `steps` after warm-up, of which at most some thousand are looked at: selector.rate may be a schedule."""
     looked = range(0, max(1, steps), max(1, steps // 1000))
-    return found.groups * sum(found.keep(config.selector.rate_at(step * found.batch / found.num_samples)) for step in looked) / len(looked)
+    return found.groups * sum(found.keep(trained_share(config, step * found.batch / found.num_samples)) for step in looked) / len(looked)
 
 
 def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int, keep: float, steps: tuple[int, int]) -> Iterator[str]:

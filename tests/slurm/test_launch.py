@@ -148,6 +148,14 @@ def test_the_forecast_trains_the_average_of_a_rate_that_changes() -> None:
     assert rows(falling, 1000) == pytest.approx(0.6, abs=0.02) and rows(falling, 4000) == pytest.approx(0.3, abs=0.02)
 
 
+def test_a_selector_that_trains_all_is_planned_so_whatever_its_rate(capsys: pytest.CaptureFixture) -> None:
+    config = load(RunConfig, BIG, ["selector={name: keep_all, rate: 0.5}"])
+    found = plan.plan(config, 8, 1_024_000)
+    assert plan.trained_rows(config, found, 7000) == found.batch
+    assert main([str(BIG), "--cluster", str(H100), "selector={name: keep_all}", "--samples", "10_000_000", "--dry-run"]) == 0
+    assert "10,240 of them, " in (said := capsys.readouterr().out) and "(keep_all, rate 1.0)" in said
+
+
 def test_the_forecast_counts_the_scoring_passes_own_view() -> None:
     plain, small = (plan.measure(load(RunConfig, BIG, given)) for given in ([], ["scoring.image_size=112", "scoring.patches=0.5"]))
     assert plain.scoring == plain.flops == small.flops and 0.1 < small.scoring / small.flops < 0.4
