@@ -20,7 +20,8 @@ from pipeline.data.errors import DataError
 from pipeline.data.sources import Sources
 from pipeline.teachers.base import Teacher, TeacherConfig
 
-KEY, FORMAT = b"teacher", 1
+KEY = b"teacher"
+FORMAT = 2  # since 2 the facts name the teacher that wrote them
 
 
 class Config(TeacherConfig):

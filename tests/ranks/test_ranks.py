@@ -70,7 +70,7 @@ def test_one_two_and_four_ranks_choose_the_same_rows_of_given_features(icons_sma
     assert tables[1] == tables[2] == tables[4] and len(tables[1]) == 200
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_objective_gives_the_ranks_the_gradient_of_the_whole_batch(launcher: Launcher, ranks: int) -> None:
     """float64; the ranks' gradients are averaged as DDP does, see pipeline/objectives/base.py. Some ranks have fewer rows than others."""
     said = [child.finish() for child in launcher.ranks(ranks, ["tests.ranks.objectives"], free_port())]

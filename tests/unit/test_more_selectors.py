@@ -92,7 +92,7 @@ def test_dissect_can_compare_with_a_moving_average_of_the_warm_up() -> None:
 
 def teacher(folder: Path, image: torch.Tensor, text: torch.Tensor) -> str:
     """Its rows as tools.cache_teacher writes them."""
-    facts = {"format": FORMAT, "index": "none", "samples": len(image), "dtype": "float32", "constants": {}}
+    facts = {"format": FORMAT, "index": "none", "samples": len(image), "dtype": "float32", "constants": {}, "teacher": "one"}
     columns = {"image": image.numpy(), "text": text.numpy()}
     facts["features"] = {name: [value.shape[1]] for name, value in columns.items()}
     write_part(folder, 0, columns, np.ones(len(image), bool), facts)
@@ -152,7 +152,7 @@ def sources(icons_small: Path) -> Sources:
 
 def rows_of(sources: Sources, folder: Path, held: int, **other: object) -> jest.Config:
     """A reference of those samples, of which the folder holds the first `held` rows, the first one without an output."""
-    facts = {"format": FORMAT, "index": sources.digest, "samples": sources.num_samples, "dtype": "float32", "constants": {}}
+    facts = {"format": FORMAT, "index": sources.digest, "samples": sources.num_samples, "dtype": "float32", "constants": {}, "teacher": "one"}
     facts |= {"features": {"image": [4], "text": [4]}} | other
     present = np.arange(held) > 0
     rows = np.random.default_rng(0).standard_normal((held, 4)).astype(np.float32)
