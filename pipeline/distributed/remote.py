@@ -9,7 +9,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,8 @@ class Uploads:
             self._once.remove(name for name in old if name.endswith("/COMMIT"))
             self._once.remove(name for name in old if not name.endswith("/COMMIT"))
 
-        self._ask(Path(CHECKPOINTS), remove)
+        with suppress(DataError):  # the new one is there; the next save tells of a store that is away, and tidies up as well
+            remove()
 
     def hurry(self) -> None:
         """Training has ended by an error: a store that is away is waited for no longer than a minute."""

@@ -14,7 +14,7 @@ from pipeline.distributed import checkpoint, claim, remote
 from pipeline.distributed.claim import Claim
 from pipeline.distributed.comm import LocalComm
 from pipeline.distributed.home import Home, open_home
-from pipeline.distributed.store import Store
+from pipeline.distributed.store import Patience, Store
 from pipeline.distributed.views import View
 from tests.faults.test_remote import checkpoint_in, fall_silent, upload
 
@@ -112,3 +112,18 @@ def test_a_view_has_the_newest_checkpoint_of_the_store_and_what_was_asked_for(ur
     folder, state = checkpoint.newest(view.folder)
     assert state["step"] == 10
     assert {path.name for path in folder.glob("[!.]*")} == {"COMMIT", "run.json", "lanes-00000-00001.parquet", "lanes-00002-00003.parquet"}
+
+
+def test_a_store_that_is_away_for_tidying_up_fails_no_checkpoint(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(store: Store, prefix: str = "") -> dict:
+        raise StorageError(f"{prefix}: does not answer")
+
+    for step in (10, 20):
+        upload(url, tmp_path / "run", step)
+    uploads = remote.Uploads(Store(url), 1, Patience(url, 0.0), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "listing", away)
+        uploads.retire(1)
+    assert remote.committed(Store(url)) == [10, 20]
+    uploads.retire(1)
+    assert remote.committed(Store(url)) == [20]
