@@ -167,6 +167,7 @@ evaluation: {{data: {shards}, workers: 0}}
 """
 
 
+@pytest.mark.slow
 def test_a_system_from_outside_is_made_trained_measured_and_reported(launcher: Launcher, tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / "lab").mkdir(exist_ok=True)
