@@ -13,7 +13,6 @@ second. litdata is in the extra `bench`; mosaicml-streaming needs numpy < 2.2 an
 import argparse
 import json
 import os
-import pickle
 import shutil
 import statistics
 import subprocess
@@ -24,18 +23,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from benchmarks.common import installed, machine, save
 from benchmarks.loader_cell import BATCH, LOADERS, WINDOW, tokenizer
 from pipeline.data.sources import DataConfig, SourceConfig, Sources
 
 SKIPPED = "ours, 80 % skipped"
 WRITE_MOSAIC = """
-import sys, pickle
+import sys
+import pyarrow as pa
 from streaming import MDSWriter
 with MDSWriter(out=sys.argv[1], columns={"png": "bytes", "txt": "bytes"}, size_limit=int(sys.argv[2])) as out:
-    for item in pickle.load(sys.stdin.buffer):
+    for item in pa.ipc.open_stream(sys.stdin.buffer).read_all().to_pylist():
         out.write(item)
 """
+
+
+def arrow(items: list[dict[str, bytes]]) -> bytes:
+    """Samples for a process of another environment."""
+    table, sink = pa.Table.from_pylist(items), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def subset(data: Path, out: Path, shards: int) -> list[Path]:
@@ -173,7 +183,7 @@ def compare(work: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.mosaic:
         names, pythons["mosaicml-streaming"] = [*names, "mosaicml-streaming"], args.mosaic
         command = [args.mosaic, "-c", WRITE_MOSAIC, str(data / "mosaic"), str(_mean_bytes(items, len(shards)))]
-        subprocess.run(command, input=pickle.dumps(items), check=True)
+        subprocess.run(command, input=arrow(items), check=True)
     settings = {"samples": len(items), "shards": len(shards), "size": args.size, "batch": BATCH, "window_shards": WINDOW}
     facts = {"benchmark": "loader", "machine": machine(["webdataset", "litdata", "pillow", "moto"]), "settings": settings}
     with object_store(data) as environment:

@@ -111,7 +111,23 @@ class WebDataset:
         return done
 
 
-class LitData:
+class Streaming:
+    """What the two libraries of streaming datasets have in common: a loader that tells where it is."""
+
+    def begin(self, data: Any, state: dict | None) -> Iterator[Any]:
+        """Batches of their loader over `data`, from `state` on."""
+        given = {"batch_size": BATCH, "num_workers": self.cell["workers"], "collate_fn": partial(collate, self.fields)}
+        self.loader = self.library.StreamingDataLoader(data, **given)
+        if state:
+            self.loader.load_state_dict(state)
+        return iter(self.loader)
+
+    def state(self, done: int) -> dict:
+        """What its loader says of itself."""
+        return self.loader.state_dict()
+
+
+class LitData(Streaming):
     """StreamingDataset and StreamingDataLoader over optimised chunks of as many samples as our shards; shuffles inside chunks."""
 
     package = "litdata"
@@ -126,18 +142,10 @@ class LitData:
         remote = {"cache_dir": str(cache)} if "://" in self.cell["place"] else {}
         # its state names the cache folder, and refuses another one unless told so
         data = self.library.StreamingDataset(self.cell["place"], shuffle=True, seed=0, force_override_state_dict=True, **remote)
-        given = {"batch_size": BATCH, "num_workers": self.cell["workers"], "collate_fn": partial(collate, self.fields)}
-        self.loader = self.library.StreamingDataLoader(data, **given)
-        if state:
-            self.loader.load_state_dict(state)
-        return iter(self.loader)
-
-    def state(self, done: int) -> dict:
-        """What its loader says of itself."""
-        return self.loader.state_dict()
+        return self.begin(data, state)
 
 
-class Mosaic:
+class Mosaic(Streaming):
     """StreamingDataset and StreamingDataLoader over MDS shards of the size of ours."""
 
     package = "mosaicml-streaming"
@@ -150,15 +158,7 @@ class Mosaic:
         place = self.cell["place"]
         where = {"remote": place, "local": str(cache)} if "://" in place else {"local": place}
         data = self.library.StreamingDataset(**where, shuffle=True, shuffle_seed=0, batch_size=BATCH)
-        given = {"batch_size": BATCH, "num_workers": self.cell["workers"], "collate_fn": partial(collate, self.fields)}
-        self.loader = self.library.StreamingDataLoader(data, **given)
-        if state:
-            self.loader.load_state_dict(state)
-        return iter(self.loader)
-
-    def state(self, done: int) -> dict:
-        """What its loader says of itself."""
-        return self.loader.state_dict()
+        return self.begin(data, state)
 
 
 LOADERS: dict[str, Callable[..., Any]] = {

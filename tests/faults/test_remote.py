@@ -25,18 +25,6 @@ BEAT = 1.0  # a busy machine's sign of life may be late
 
 
 @pytest.fixture
-def door(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    """The same store, behind a door."""
-    from s3fs import S3FileSystem
-
-    door = Door(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", door.url)
-    S3FileSystem.clear_instance_cache()
-    yield door
-    door.remove()
-
-
-@pytest.fixture
 def claims() -> Iterator[Callable[..., Claim]]:
     """Makes claims that end with the test."""
     made: list[Claim] = []

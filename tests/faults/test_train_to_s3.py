@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,6 @@ from pipeline.weights import InitFrom
 from tests.faults.stores import Door
 from tests.ranks.test_ranks import free_port
 from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
-
-
-@pytest.fixture
-def door(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    """The store, behind a door, for this process and those that it starts."""
-    from s3fs import S3FileSystem
-
-    door = Door(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", door.url)
-    S3FileSystem.clear_instance_cache()
-    yield door
-    door.remove()
 
 
 class Machine:
