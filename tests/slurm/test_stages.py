@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import read_yaml
 from slurm.notes import committed_step
-from tests.runs import DEBUG, ROOT, Launcher, assert_same_end, free_environment, losses, wait_for
+from tests.runs import DEBUG, PATIENCE, ROOT, Launcher, assert_same_end, free_environment, losses, wait_for
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import FILE, LOCAL, Launch, follow, free_port, reached, run, settings, settled, train
 
@@ -101,12 +101,13 @@ def test_the_same_job_runs_without_slurm(launcher: Launcher, icons_small: Path, 
 
 def test_ctrl_c_saves_the_step_that_the_ranks_are_in(icons_small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = [str(DEBUG), "--cluster", str(LOCAL), f"out={folder}", *settings(icons_small), "--executor", "local", "visits=100000"]
+    endless = ["visits=100000", "checkpoint.every=1000000"]  # nothing is saved but at a stop
+    arguments = [str(DEBUG), "--cluster", str(LOCAL), f"out={folder}", *settings(icons_small), "--executor", "local", *endless]
     command = [sys.executable, "-m", "slurm.launch", *arguments]
     with subprocess.Popen(command, cwd=ROOT, env=free_environment(), start_new_session=True, stdout=subprocess.DEVNULL) as child:
         wait_for(lambda: reached(folder, 5) or child.poll() is not None, "step 5")
         assert json.loads(run("slurm.status", str(folder), "--json").stdout)["state"] == "running"
         os.killpg(child.pid, signal.SIGINT)
-        assert child.wait(60) == 1
-    assert committed_step(folder) == losses(folder)[-1][0] and committed_step(folder) % 10
+        assert child.wait(PATIENCE) == 1
+    assert committed_step(folder) == losses(folder)[-1][0] >= 5
     assert json.loads(run("slurm.status", str(folder), "--json").stdout)["state"] == "stopped"
