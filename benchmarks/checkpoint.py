@@ -184,7 +184,7 @@ def measure(folder: Path, data: str, size: int, ranks: int, repeats: int) -> dic
         "step_alone": median(alone),
         "floor": {name: median(f[name] for f in floors) for name in ("memcpy", "write")},
         "verify": verified - began,
-        "load": loaded - verified,
+        "read": loaded - verified,
     }
     for name, found in every.items():
         steps = [step for _, _, steps in found for step in steps]
@@ -283,13 +283,13 @@ def main() -> None:
                 found = on_ranks("measure", Path(folder), args, size, ranks)
                 starts = [on_ranks("restart", Path(folder), args, size, ranks) for _ in range(args.restarts)]
             found["restart"] = {name: statistics.median(start[name] for start in starts) for name in starts[0]}
-            cells.append({"size": size, "ranks": ranks} | found)
+            cells.append({"size": size, "ranks": ranks, "load": os.getloadavg()[0]} | found)
             ours, waiting, peer = found["ours"], found["ours_waiting"], found["torch_save"]
             print(
                 f"{size} M on {ranks}: {found['bytes_all'] / 1e6:.0f} MB; stall {ours['stall']:.3f} of {ours['duration']:.2f} s "
                 f"({ours['stall_share']:.1%}), waiting {waiting['stall']:.2f} s, torch.save {peer['stall']:.2f} s, "
                 f"dcp {found['dcp_async']['stall']:.3f} of {found['dcp_async']['duration']:.2f} s; "
-                f"steps beside x {ours['slowdown_of_steps'] or float('nan'):.2f}; verify and load {found['verify'] + found['load']:.2f} s, "
+                f"steps beside x {ours['slowdown_of_steps'] or float('nan'):.2f}; verify and load {found['verify'] + found['read']:.2f} s, "
                 f"restart {found['restart']['all']:.1f} s",
                 flush=True,
             )

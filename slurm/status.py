@@ -168,7 +168,7 @@ def page(status: Status) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Prints every run; 0 when all of them are complete, waiting or running, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description="How runs are doing.")
-    parser.add_argument("runs", nargs="+", help="run folders, or their URLs")
+    parser.add_argument("runs", nargs="+", type=lambda run: run.removeprefix("file://"), help="run folders, or their URLs")
     parser.add_argument("--tail", type=int, default=5, help="lines of rank 0's log, or of those of two ranks that refused to go on")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args(arguments)

@@ -160,8 +160,8 @@ def _archive(data: bytes, choose: Choose) -> Frames:
         names = archive.namelist()
         _check(1, 1, len(names))
         numbers = [name.rsplit(".", 1)[0] for name in names]
-        if not all(number.isdecimal() for number in numbers):
-            raise BadSample("video_order", f"expected images named by numbers, found {next(n for n in names if not n[:1].isdecimal())!r}")
+        if strange := [name for name, number in zip(names, numbers) if not number.isdecimal()]:
+            raise BadSample("video_order", f"expected images named by numbers, found {strange[0]!r}")
         first = int(numbers[0]) if numbers else 0
         if wrong := [name for at, (name, number) in enumerate(zip(names, numbers)) if int(number) != first + at]:
             raise BadSample("video_order", f"{wrong[0]} is out of order, or the image before it is missing")

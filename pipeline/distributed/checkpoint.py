@@ -133,6 +133,8 @@ def listed(text: bytes, folder: str) -> dict[str, Any]:
     try:
         commit = json.loads(text)
         known, files = commit["format"] == FORMAT, dict(commit["files"])
+        if any("/" in name or name in ("", ".", "..") for name in files):  # what is fetched is written under this name
+            raise ValueError
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"{folder}/COMMIT: is damaged; delete {folder} to resume from the checkpoint before it") from None
     if not known:

@@ -41,14 +41,18 @@ class Store:
         return storage.with_retries(action, self.at(name), self.attempts)
 
     def listing(self, under: str = "") -> dict[str, Stored]:
-        """All objects whose name begins with the folder `under`, by name."""
+        """All objects whose name begins with the folder `under`, by name. Raises DataError, also for a name that leads out of the folder: a
+        copy on disk has files of these names."""
 
         def ask() -> dict[str, Stored]:
             fs, root = storage.filesystem(self.url)
             fs.invalidate_cache()
             found = fs.find(f"{root}/{under}".rstrip("/"), detail=True)
             first = len(root.rstrip("/")) + 1
-            return {name[first:]: Stored(int(entry["size"] or 0), _version(entry)) for name, entry in found.items()}
+            names = {name: name[first:] for name in found}
+            if outside := [name for name, inside in names.items() if inside.startswith("/") or ".." in inside.split("/")]:
+                raise DataError(f"{self.url}: holds an object whose name leads out of this folder, {outside[0]!r}; find out who wrote it")
+            return {names[name]: Stored(int(entry["size"] or 0), _version(entry)) for name, entry in found.items()}
 
         return self._found(lambda: self._ask(ask, under))
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pipeline.towers._item import ItemEncoder, Views
 
-FLOWS = ("visual", "text", "rest")
-
 
 def saliency(items: ItemEncoder, ids: Tensor, states: Tensor, loss: Callable[[Views], Tensor]) -> Tensor:
     """float32 [layers, 3], each row adding up to 1: |attention x d loss / d attention|, summed over heads and items, that flows into the

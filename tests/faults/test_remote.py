@@ -11,10 +11,12 @@ from urllib.request import Request, urlopen
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.data.errors import DataError
 from pipeline.distributed import checkpoint, claim, remote
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.claim import Claim
 from pipeline.distributed.comm import LocalComm
+from pipeline.distributed.copies import Copy
 from pipeline.distributed.home import RemoteHome, open_home
 from pipeline.distributed.remote import Uploads
 from pipeline.distributed.store import Patience, Store
@@ -167,6 +169,18 @@ def test_only_what_is_needed_is_fetched_and_compared_with_commit(moto_s3: str, t
     store.remove([f"checkpoints/step-00000010/{name}"])
     with pytest.raises(CheckpointError, match=rf"{name}: has no bytes, COMMIT says"):
         remote.files_of(store, 10)
+
+
+@pytest.mark.parametrize("name", ["../../escaped.txt", "/escaped.txt"])
+def test_a_name_that_leads_out_of_the_folder_is_refused_and_written_nowhere(moto_s3: str, tmp_path: Path, name: str) -> None:
+    url = f"{moto_s3}/x"
+    Store(url).write("resolved.yaml", b"seed: 1")
+    Store(url).write(name, b"not of this run")
+    with pytest.raises(DataError, match=r"s3://shards/x: holds an object whose name leads out of this folder, .*escaped"):
+        Copy(Store(url), tmp_path / "a" / "b").pull(lambda name: True)
+    assert not list(tmp_path.rglob("escaped.txt")) and not Path("/escaped.txt").exists()
+    with pytest.raises(CheckpointError, match="COMMIT: is damaged"):
+        checkpoint.listed(checkpoint.commit_text({name: {"size": 15, "sha256": ""}}).encode(), "here")
 
 
 def test_an_older_start_writes_nothing_more(moto_s3: str, tmp_path: Path, claims: Callable[..., Claim]) -> None:

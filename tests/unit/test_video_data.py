@@ -91,6 +91,7 @@ def test_short_and_broken_videos_are_bad_samples_by_cause() -> None:
         ("video_order", archive([names[1], names[0], *names[2:]]), "zip", {}),
         ("video_order", archive([names[0], *names[2:]]), "zip", {}),
         ("video_order", archive(["first.png", *names]), "zip", {}),
+        ("video_order", archive(["1st.png", *names]), "zip", {}),
         ("video", webp[: len(webp) // 2], "webp", {}),
         ("video", mp4[: len(mp4) // 2], "mp4", {}),
         ("video", archive(names)[:-40], "zip", {}),
