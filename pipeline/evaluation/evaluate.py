@@ -24,7 +24,6 @@ from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
-from pipeline.evaluation.segmentation import measure_segmentation, segments
 from pipeline.evaluation.selection_quality import read_log, selection_quality
 from pipeline.evaluation.student import classifies, measure_student
 from pipeline.evaluation.zero_shot import class_features, prompts, zero_shot
@@ -101,9 +100,7 @@ def own_measure(towers: Mapping[str, Any]) -> Callable[..., dict] | None:
     """How a student is measured that is no pair of an image and a text tower: (run, url, *, batch, workers) -> figures; None for one that is."""
     if module := towers[MAIN].measured_by():
         return importlib.import_module(module).measure
-    if classifies(towers):
-        return measure_student
-    return measure_segmentation if segments(towers) else None
+    return measure_student if classifies(towers) else None
 
 
 def measure(

@@ -9,12 +9,6 @@ from pipeline.data.errors import DataError
 from pipeline.data.maps import IGNORE
 from pipeline.evaluation.student import forwards
 from pipeline.task import MAIN
-from pipeline.towers import unet
-
-
-def segments(towers: dict[str, Any]) -> bool:
-    """Whether the student gives a map of logits for each of its sensors."""
-    return isinstance(towers[MAIN], unet.Config)
 
 
 def confusion(logits: Tensor, label: Tensor) -> Tensor:
@@ -46,7 +40,7 @@ def scores(matrix: Tensor) -> dict[str, Any]:
     }
 
 
-def measure_segmentation(run: Any, url: str, *, batch: int = 64, workers: int = 2) -> dict[str, Any]:
+def measure(run: Any, url: str, *, batch: int = 64, workers: int = 2) -> dict[str, Any]:
     """Figures of every sensor of the student on held-out shards, `segmentation: {<sensor>: scores}`. `run`: a pipeline.run.TrainedRun.
     Raises ConfigError, DataError."""
     tower = run.config.towers[MAIN]

@@ -56,6 +56,9 @@ class Config(TowerConfig):
     def gives(self) -> tuple[str, ...]:
         return tuple(f"{name}.logits" for name in self.sensors)
 
+    def measured_by(self) -> str:
+        return "pipeline.evaluation.segmentation"
+
     def decoders(self, folder: Path, train: bool) -> dict[str, Decoder]:
         changes = (self.flip, self.rotate) if train else (0.0, 0.0)
         geometry = Geometry(self.tile or self.image_size, self.image_size, *changes)
