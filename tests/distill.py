@@ -1,8 +1,6 @@
 """Small runs of stage 2 for the tests: a student of noisy digits, and a teacher of clean ones that was trained before."""
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from pipeline.config import parse, to_yaml
 from pipeline.run import RunConfig, build
 from pipeline.trainer import Trainer
 from tests.runs import put_back
-from tools.make_shards import main as make_shards
+from tests.shards import by_hand
+from tools.sources.base import png
 
 CLEAN = {
     "name": "image",
@@ -96,26 +95,13 @@ def refused(config: RunConfig, error: type[Exception], match: str) -> None:
 
 def gappy(folder: Path, rows: int = 40, auxiliary: bool = True) -> Path:
     """Shards of noise, in which every fifth sample has no `clean.png` and the 7th a broken one; without `auxiliary` none has one."""
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    with tarfile.open(folder / "000.tar", "w") as tar:
-        for row in range(rows):
-            members = {"image.png": _png(draw, 12), "clean.png": _png(draw, 8), "json": json.dumps({"label": row % 10}).encode()}
-            if row % 5 == 0:
-                del members["clean.png"]
-            if row == 7:
-                members["clean.png"] = b"no image"
-            if not auxiliary:
-                members.pop("clean.png", None)
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{row:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    assert make_shards(["tars", str(folder), "--shards", str(folder / "*.tar"), "--workers", "1"]) == 0
-    return folder
-
-
-def _png(draw: np.random.Generator, size: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(draw.integers(0, 256, (size, size), np.uint8)).save(out, "png")
-    return out.getvalue()
+    draw, made = np.random.default_rng(0), []
+    for row in range(rows):
+        image, clean = (png(Image.fromarray(draw.integers(0, 256, (size, size), np.uint8))) for size in (12, 8))
+        members = {"image.png": image, "clean.png": clean, "json": json.dumps({"label": row % 10}).encode()}
+        if row % 5 == 0 or not auxiliary:
+            del members["clean.png"]
+        elif row == 7:
+            members["clean.png"] = b"no image"
+        made.append(members)
+    return by_hand(folder, made)

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE,
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(every)
     return value
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def free_environment(**more: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pipeline.data.read import Reader
 from tools.check_shards import check
 from tools.check_shards import main as check_main
 from tools.make_shards import build, parser
+from tools.sources.base import png
 
 
 class Bomb:
@@ -31,10 +32,8 @@ class Bomb:
         return (open, (self.path, "w"))
 
 
-def png(side: int = 4) -> bytes:
-    out = io.BytesIO()
-    Image.new("L", (side, side)).save(out, "png")
-    return out.getvalue()
+def black(side: int = 4) -> bytes:
+    return png(Image.new("L", (side, side)))
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]], change: Callable[[tarfile.TarInfo], None] = lambda info: None) -> Path:
@@ -53,7 +52,7 @@ def index_tars(shards: Path, out: Path) -> Index:
     return Index.open(out)
 
 
-GOOD = [("a.png", png()), ("a.txt", b"one"), ("b.png", png(5)), ("b.txt", b"two")]
+GOOD = [("a.png", black()), ("a.txt", b"one"), ("b.png", black(5)), ("b.txt", b"two")]
 
 
 @pytest.fixture
@@ -115,9 +114,9 @@ def test_io_error_is_retried_then_ends_the_run(copy: Path) -> None:
 
 
 def test_missing_member_costs_one_sample(tmp_path: Path) -> None:
-    tar_of(tmp_path / "s/0.tar", [*GOOD, ("c.txt", b"no image"), ("d.png", png())])
+    tar_of(tmp_path / "s/0.tar", [*GOOD, ("c.txt", b"no image"), ("d.png", black())])
     reader = Reader(index_tars(tmp_path / "s/0.tar", tmp_path / "i"), ShardCache(None))
-    assert reader.read(0, ("png", "txt")) == {"png": png(), "txt": b"one"}
+    assert reader.read(0, ("png", "txt")) == {"png": black(), "txt": b"one"}
     for row, asked in ((2, "png"), (3, "txt")):
         with pytest.raises(BadSample) as caught:
             reader.read(row, (asked,))
@@ -132,7 +131,7 @@ def test_foreign_tars_with_long_names_and_folders_are_read(tmp_path: Path) -> No
     deep = "/".join(["a folder with a long name"] * 12)
     members = [
         ("part/", b""),
-        (f"{deep}/x.Seg.PNG", png()),
+        (f"{deep}/x.Seg.PNG", black()),
         (f"{deep}/x.txt", b"deep"),
         ("./y.txt", b""),
         (".hidden", b"left out"),
@@ -146,7 +145,7 @@ def test_foreign_tars_with_long_names_and_folders_are_read(tmp_path: Path) -> No
     index = index_tars(tar_of(tmp_path / "s/0.tar", members, folder), tmp_path / "i")
     assert index.keys(range(index.num_samples)) == [f"{deep}/x", "./y"]
     reader = Reader(index, ShardCache(None))
-    assert reader.read(0, ("seg.png", "txt")) == {"seg.png": png(), "txt": b"deep"} and reader.read(1, ["txt"]) == {"txt": b""}
+    assert reader.read(0, ("seg.png", "txt")) == {"seg.png": black(), "txt": b"deep"} and reader.read(1, ["txt"]) == {"txt": b""}
 
 
 def _symlink(info: tarfile.TarInfo) -> None:
@@ -230,12 +229,12 @@ def test_check_finds_bad_contents(tmp_path: Path) -> None:
         *GOOD,
         ("c.png", b"no image"),
         ("c.txt", b"\xff\xfe"),
-        ("d.png", png()),
+        ("d.png", black()),
         ("d.txt", b" "),
-        ("e.png", png(13_500)),
+        ("e.png", black(13_500)),
         ("e.txt", b"x" * 2**21),
     ]
-    index_tars(tar_of(tmp_path / "s/0.tar", [*members, ("f.png", png())]), tmp_path / "i")
+    index_tars(tar_of(tmp_path / "s/0.tar", [*members, ("f.png", black())]), tmp_path / "i")
     told = said(tmp_path / "i", decode=True)
     for expected in (
         "c.png at byte 4608 does not decode",

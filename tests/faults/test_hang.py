@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.distributed.stacks import COLLECTIVES
 from pipeline.distributed.watchdog import EXIT, Report, hung
-from tests.ranks.test_ranks import free_port
-from tests.runs import Child, Launcher, arguments, losses, wait_for
+from tests.runs import Child, Launcher, arguments, free_port, losses, wait_for
 
 TIMEOUT = 4.0  # seconds
 FOREVER = ("visits=1000000", "data.workers=1", f"watchdog.timeout={TIMEOUT}", "checkpoint.every=1000000")

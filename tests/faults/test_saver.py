@@ -17,8 +17,7 @@ from pipeline.distributed.comm import LocalComm
 from pipeline.distributed.host import Files, Host
 from pipeline.distributed.lock import Lock, Owner
 from pipeline.distributed.saver import Saver
-from tests.ranks.test_ranks import free_port
-from tests.runs import Launcher, arguments, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, arguments, assert_same_end, free_port, last_checkpoint, losses, wait_for
 
 
 class Gate:

@@ -15,8 +15,7 @@ from pipeline.distributed import claim, remote
 from pipeline.distributed.store import Store
 from pipeline.weights import InitFrom
 from tests.faults.stores import Door
-from tests.ranks.test_ranks import free_port
-from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, wait_for
+from tests.runs import SAVES, Child, Launcher, arguments, assert_same_end, free_port, last_checkpoint, losses, selection_log, wait_for
 
 
 class Machine:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.test_ranks import assert_same_choices, free_port
-from tests.runs import PATIENCE, ROOT, arguments, command_line, free_environment
+from tests.ranks.test_ranks import assert_same_choices
+from tests.runs import PATIENCE, ROOT, arguments, command_line, free_environment, free_port
 
 # stage 3 shards nothing of a linear model unless its threshold is lowered
 STAGE_2, STAGE_3 = "engine.zero={stage: 2}", "engine.zero={stage: 3, persist_below: 100}"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.test_ranks import assert_same_choices, free_port
-from tests.runs import Child, Launcher, arguments
+from tests.ranks.test_ranks import assert_same_choices
+from tests.runs import Child, Launcher, arguments, free_port
 
 
 def damage(shards: Path, out: Path, count: int) -> Path:

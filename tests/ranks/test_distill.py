@@ -10,10 +10,15 @@ from safetensors.torch import load_file
 from pipeline.distributed.adversaries import FILE
 from pipeline.run import RunConfig
 from tests.distill import AMID, THREE, command, config, live
-from tests.ranks.test_ranks import free_port
-from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
 
-STAGES = {"DDP": None, "stage 0": {"stage": 0}, "stage 1": {"stage": 1}, "stage 2": {"stage": 2}, "stage 3": {"stage": 3, "persist_below": 100}}
+STAGES = {
+    "DDP": None,
+    "stage 0": {"stage": 0},
+    "stage 1": {"stage": 1},
+    "stage 2": {"stage": 2},
+    "stage 3": {"stage": 3, "persist_below": 100},
+}
 
 
 def made(digits: Path, colour: Path, out: Path, **engine: object) -> RunConfig:

@@ -13,8 +13,7 @@ from pipeline.config import to_yaml
 from pipeline.towers._item import language_model
 from pipeline.towers._prompt import TokensConfig, write_tokenizer
 from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
-from tests.ranks.test_ranks import free_port
-from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
 
 
 def command(shards: Path, out: Path, clip: Path, **given: object) -> list[str]:  # noqa: F811

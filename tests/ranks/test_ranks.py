@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -19,13 +18,20 @@ from pipeline.run import RunConfig
 from pipeline.selection import big_loss, dissect, random
 from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
-from tests.runs import DEBUG, SKIPS, Launcher, arguments, columns, command_line, last_checkpoint, losses, selection_log, skipped, wait_for
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.runs import (
+    DEBUG,
+    SKIPS,
+    Launcher,
+    arguments,
+    columns,
+    command_line,
+    free_port,
+    last_checkpoint,
+    losses,
+    selection_log,
+    skipped,
+    wait_for,
+)
 
 
 def assert_same_choices(one: Path, other: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import names_in
-from tests.ranks.test_ranks import assert_same_choices, free_port
-from tests.runs import Launcher, arguments, columns, losses, selection_log
+from tests.ranks.test_ranks import assert_same_choices
+from tests.runs import Launcher, arguments, columns, free_port, losses, selection_log
 
 
 @pytest.fixture(scope="module")

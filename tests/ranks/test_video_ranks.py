@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.ranks.test_ranks import free_port
-from tests.runs import ROOT, Launcher, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import ROOT, Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
 from tools.make_shards import main as make_shards
 
 pytestmark = pytest.mark.slow

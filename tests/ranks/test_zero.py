@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.distributed import checkpoint
-from tests.ranks.test_ranks import free_port
-from tests.runs import Launcher, assert_same_end, columns, last_checkpoint, losses, selection_log, wait_for
+from tests.runs import Launcher, assert_same_end, columns, free_port, last_checkpoint, losses, selection_log, wait_for
 
 ZERO = {
     "stage 0": "{stage: 0}",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from pipeline.config import read_yaml
 from slurm.queue import ACTIVE
-from tests.runs import DEBUG, ROOT, Launcher, free_environment, losses, wait_for
+from tests.runs import DEBUG, ROOT, Launcher, free_environment, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster, install
 
 FILE = ROOT / "configs" / "cluster" / "cpu.yaml"
@@ -91,13 +90,6 @@ def status(folder: Path) -> dict:
 def train(out: Path, data: Path, *overrides: str) -> list[str]:
     """The command line of the same run without Slurm."""
     return ["train", str(DEBUG), f"out={out}", *settings(data), *overrides]
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def reached(folder: Path, step: int) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from slurm.notes import committed_step, notes
-from tests.runs import Launcher, assert_same_end, losses, selection_log, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, losses, selection_log, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Launch, Say, free_port, reached, settled, train
+from tests.slurm.conftest import Launch, Say, reached, settled, train
 
 pytestmark = pytest.mark.slurm
 LONG = ["visits=200", "data.workers=1", "checkpoint.every=20"]  # 625 steps, about 40 s

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from slurm.notes import committed_step, notes
-from tests.runs import Launcher, assert_same_end, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Launch, Say, free_port, reached, settled, train
+from tests.slurm.conftest import Launch, Say, reached, settled, train
 
 pytestmark = pytest.mark.slurm
 LONG = ["visits=200", "data.workers=2", "checkpoint.every=100000"]  # about 40 s of steps; nothing is saved but at a stop

@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.config import read_yaml
 from slurm.notes import committed_step
-from tests.runs import DEBUG, PATIENCE, ROOT, Launcher, assert_same_end, free_environment, losses, wait_for
+from tests.runs import DEBUG, PATIENCE, ROOT, Launcher, assert_same_end, free_environment, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import FILE, LOCAL, Launch, follow, free_port, reached, run, settings, settled, train
+from tests.slurm.conftest import FILE, LOCAL, Launch, follow, reached, run, settings, settled, train
 
 pytestmark = pytest.mark.slurm
 

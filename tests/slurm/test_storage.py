@@ -12,9 +12,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from slurm.notes import committed_step, notes
-from tests.runs import Launcher, assert_same_end, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import SHORT, Launch, Say, cannot, free_port, reached, settled, status, train
+from tests.slurm.conftest import SHORT, Launch, Say, cannot, reached, settled, status, train
 from tools.make_shards import main as make_shards
 
 pytestmark = pytest.mark.slurm

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import ROOT, Launcher, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import ROOT, Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import FILE, free_port, reached, run, settled
+from tests.slurm.conftest import FILE, reached, run, settled
 from tests.slurm.test_preemption import preempt
 from tools.make_shards import main as make_shards
 

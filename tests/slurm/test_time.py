@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from slurm.notes import committed_step, notes
-from tests.runs import Launcher, assert_same_end, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster, faketime
-from tests.slurm.conftest import SHORT, Launch, Say, free_port, reached, settled, status, train
+from tests.slurm.conftest import SHORT, Launch, Say, reached, settled, status, train
 
 pytestmark = pytest.mark.slurm
 SLOW_SAVES = ["towers.student.width=8192", "steps=40", "visits=", "data.workers=1"]  # 180 MB a checkpoint

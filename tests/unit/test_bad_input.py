@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from pipeline.__main__ import main
 from tests.distill import AMID, CE, CLEAN, FUSED, NOISY, THREE, WIDTHS, config, gappy, train
 from tests.distill import command as command_of
 from tests.runs import losses, put_back
-from tools.make_shards import main as make_shards
+from tests.shards import by_hand
 
 ONE_ROW = {"data": {"batch": 8, "lanes": 4, "groups": 1, "workers": 0, "classes": 10}, "selector": {"name": "random", "rate": 0.125}}
 ONLINE = {"towers": THREE, "objectives": CE | {"amid": {"name": "amid", "auxiliary_width": 16} | WIDTHS}}
@@ -96,15 +95,8 @@ def test_sound_of_no_length_of_many_channels_and_slow_is_masked_or_heard(tmp_pat
         return out.getvalue()
 
     kinds = [wav(0, 8000, 1), wav(0.4, 8000, 1), wav(0.3, 16000, 7), wav(20, 8000, 1)]
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    with tarfile.open(folder / "000.tar", "w") as tar:
-        for row in range(32):
-            for extension, data in (("speech.wav", kinds[row % 4]), ("json", json.dumps({"label": row % 4}).encode())):
-                info = tarfile.TarInfo(f"{row:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    assert make_shards(["tars", str(folder), "--shards", str(folder / "*.tar"), "--workers", "1"]) == 0
+    rows = [{"speech.wav": kinds[row % 4], "json": json.dumps({"label": row % 4}).encode()} for row in range(32)]
+    folder = by_hand(tmp_path / "shards", rows)
     sound = {"seconds": 0.5, "num_mels": 20}
     tower = {"name": "audio", "field": "speech", "width": 8, "layers": 2, "embed_dim": 12, "audio": sound, "classes": 4}
     data = {"sources": [{"url": str(folder)}], "batch": 16, "groups": 1, "workers": 0, "classes": 4, "max_bad_fraction": 0.5}

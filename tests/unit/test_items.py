@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +14,7 @@ from safetensors.torch import load_file
 from benchmarks import systems_notellm2
 from pipeline.__main__ import main
 from pipeline.config import ConfigError, parse
-from pipeline.data.cache import ShardCache
 from pipeline.data.fetch import Fetch
-from pipeline.data.index import Index
-from pipeline.data.read import Reader
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.evaluation.items import _words, recalls
 from pipeline.evaluation.saliency import saliency
@@ -30,16 +26,11 @@ from slurm.plan import measure
 from tests.distill import refused, train
 from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
 from tests.runs import last_checkpoint
+from tests.shards import by_hand, samples
 from tools.make_shards import main as make_shards
 from tools.sources import icons, items
 
 MEMBERS = {"png", "txt", "related_image.png", "related_text.txt"}
-
-
-def samples(folder: Path) -> list[dict[str, bytes]]:
-    index = Index.open(folder)
-    reader = Reader(index, ShardCache(None))
-    return [reader.read(row) for row in range(index.num_samples)]
 
 
 def test_a_sample_is_a_pair_of_one_concept_and_artist_and_no_drawing_is_in_two(tmp_path: Path) -> None:
@@ -104,16 +95,10 @@ def test_a_run_on_frozen_vision_and_its_evaluation(pairs: Path, clip: Path, tmp_
 
 
 def test_words_are_counted_in_the_members_that_the_tower_reads(tmp_path: Path) -> None:
+    other = {"b.json": b'{"title": "b"}'}
     notes = [{"title": "a red house", "content": "to let"}, {"topic": ["sky"]}, None]
-    with tarfile.open(tmp_path / "notes.tar", "w") as tar:
-        for row, note in enumerate(notes):
-            for name, data in (("a.json", note and json.dumps(note).encode()), ("b.json", b'{"title": "b"}')):
-                if data is not None:
-                    member = tarfile.TarInfo(f"{row:03d}.{name}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    assert make_shards(["tars", str(tmp_path / "index"), "--shards", str(tmp_path / "notes.tar"), "--workers", "1"]) == 0
-    given = {"sources": [{"url": str(tmp_path / "index")}], "modalities": {"text": {"members": ["a"], "optional": True}}, "batch": 4}
+    folder = by_hand(tmp_path / "notes", [{"a.json": json.dumps(note).encode()} | other if note else other for note in notes])
+    given = {"sources": [{"url": str(folder)}], "modalities": {"text": {"members": ["a"], "optional": True}}, "batch": 4}
     texts = Fetch(Sources.open(parse(DataConfig, given, "test")), {"text": ItemText(str)}, seed=None)
     assert [_words(texts, row) for row in range(3)] == [5, 1, 0]
 

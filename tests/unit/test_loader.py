@@ -1,11 +1,9 @@
 """The data module: the same batches for any number of workers and after any resume, and bad samples that keep their place."""
 
-import io
 import pickle
 import random
 import shutil
 import struct
-import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -25,7 +23,8 @@ from pipeline.data.loader import DataModule
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.data.text import BpeTokenizer, train_bpe
 from pipeline.types import Batch
-from tools.make_shards import main as make_shards
+from tests.shards import by_hand
+from tools.sources.base import png
 
 STEPS = 200
 
@@ -128,10 +127,8 @@ def test_after_its_last_step_a_data_module_has_no_batch(icons_small: Path, modul
         data.next()
 
 
-def png(value: int = 128) -> bytes:
-    out = io.BytesIO()
-    PIL.Image.new("RGB", (24, 24), (value, 0, 255 - value)).save(out, "PNG")
-    return out.getvalue()
+def shade(value: int = 128) -> bytes:
+    return png(PIL.Image.new("RGB", (24, 24), (value, 0, 255 - value)))
 
 
 def bomb() -> bytes:
@@ -141,36 +138,23 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def shard(folder: Path, samples: list[dict[str, bytes]]) -> Path:
-    """A tar written by hand, indexed in place."""
-    folder.mkdir()
-    with tarfile.open(folder / "000.tar", "w") as tar:
-        for number, members in enumerate(samples):
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{number:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    assert make_shards(["tars", str(folder), "--shards", str(folder / "*.tar"), "--workers", "1"]) == 0
-    return folder
-
-
 BAD = {
     3: ("image", {"png": b"this is text", "txt": b"a"}),
-    7: ("image", {"png": png()[:-30], "txt": b"a"}),
+    7: ("image", {"png": shade()[:-30], "txt": b"a"}),
     12: ("image_too_large", {"png": bomb(), "txt": b"a"}),
-    20: ("text_empty", {"png": png(), "txt": b" \n"}),
-    21: ("text_too_long", {"png": png(), "txt": b"word " * 2_000_000}),
-    33: ("text_encoding", {"png": png(), "txt": b"caf\xe9"}),
+    20: ("text_empty", {"png": shade(), "txt": b" \n"}),
+    21: ("text_too_long", {"png": shade(), "txt": b"word " * 2_000_000}),
+    33: ("text_encoding", {"png": shade(), "txt": b"caf\xe9"}),
     40: ("missing_member", {"txt": b"a picture that is not there"}),
-    41: ("missing_member", {"png": png()}),
+    41: ("missing_member", {"png": shade()}),
 }
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 samples, 9 of them bad: those of BAD, and sample 50, of which a bit was changed after it was indexed."""
-    good = [{"png": png(n), "txt": f"number {n}".encode()} for n in range(64)]
-    folder = shard(tmp_path_factory.mktemp("damaged") / "shards", [BAD[n][1] if n in BAD else good[n] for n in range(64)])
+    good = [{"png": shade(n), "txt": f"number {n}".encode()} for n in range(64)]
+    folder = by_hand(tmp_path_factory.mktemp("damaged") / "shards", [BAD[n][1] if n in BAD else good[n] for n in range(64)])
     path = folder / "000.tar"
     data = bytearray(path.read_bytes())
     data[data.index(b"number 50") + 7] ^= 1
@@ -224,9 +208,9 @@ def test_a_pickle_in_a_shard_is_never_loaded(tmp_path: Path, module, workers: in
     pickle.loads(evil).close()
     (tmp_path / "trace").unlink()  # it works
     extensions = ("pkl", "pickle", "pyd", "pth", "png.pkl")
-    samples = [{"png": png(n), "txt": b"word", extensions[n % 5]: evil} for n in range(30)]
+    samples = [{"png": shade(n), "txt": b"word", extensions[n % 5]: evil} for n in range(30)]
     samples += [{"pickle": evil, "txt": b"word"}, {"png": evil, "txt": evil}]
-    data = module(shard(tmp_path / "shards", samples), batch=16, lanes=1, groups=1, max_bad_fraction=1.0, workers=workers)
+    data = module(by_hand(tmp_path / "shards", samples), batch=16, lanes=1, groups=1, max_bad_fraction=1.0, workers=workers)
     valid = torch.cat([batch.sample[batch.valid] for batch in (data.next(), data.next())])
     assert sorted(valid.tolist()) == list(range(30))
     assert data.bad == {"missing_member": 1, "image": 1}

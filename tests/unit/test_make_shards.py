@@ -28,6 +28,7 @@ from tools.check_shards import check
 from tools.make_shards import build, main, parser
 from tools.noise import swapped
 from tools.sources import icons
+from tools.sources.base import png
 
 SMALL = ["--limit", "60", "--size", "16", "--noise", "0.5", "--shard-size", "9"]
 
@@ -191,14 +192,12 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         icons.Source(parser().parse_args(["icons", "x"]))
 
 
-def _png(value: int, side: int = 20) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side * 2, side), (value, 0, 0)).save(out, "png")
-    return out.getvalue()
+def _red(value: int, side: int = 20) -> bytes:
+    return png(Image.new("RGB", (side * 2, side), (value, 0, 0)))
 
 
 def test_table_of_bytes_keeps_them_and_counts_bad_rows(tmp_path: Path) -> None:
-    images: list[bytes | None] = [_png(row) for row in range(95)] + [b"no image", None, _png(1)[:40], _png(7), _png(8)]
+    images: list[bytes | None] = [_red(row) for row in range(95)] + [b"no image", None, _red(1)[:40], _red(7), _red(8)]
     texts = [f"caption {row} é" for row in range(98)] + ["", None]
     pq.write_table(pa.table({"jpg": images, "text": texts}), tmp_path / "t.parquet", row_group_size=13)
     arguments = ["table", tmp_path / "out", "--table", tmp_path / "t.parquet", "--caption-column", "text", "--image-column", "jpg"]
@@ -220,7 +219,7 @@ def test_table_of_bytes_keeps_them_and_counts_bad_rows(tmp_path: Path) -> None:
 
 def test_table_of_paths_resized_with_noise(tmp_path: Path) -> None:
     for row in range(20):
-        (tmp_path / f"{row}.png").write_bytes(_png(row))
+        (tmp_path / f"{row}.png").write_bytes(_red(row))
     places = [f"{row}.png" if row % 2 else f"file://{tmp_path}/{row}.png" for row in range(20)] + ["nowhere.png"]
     table = pa.table({"path": places, "caption": [f"a {row}, b" for row in range(21)]})
     pa.csv.write_csv(table, tmp_path / "t.csv")

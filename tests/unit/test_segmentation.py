@@ -26,6 +26,7 @@ from pipeline.towers import unet
 from tests.distill import command, refused, train
 from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
 from tools.make_shards import main as make_shards
+from tools.sources.base import png
 from tools.sources.two_sensors import CLASSES, draw, npy
 
 TINY = Path(__file__).parents[2] / "configs" / "pretrain" / "cromss_tiny.yaml"
@@ -46,10 +47,8 @@ def tiny(shards: Path, out: Path, *changes: str) -> RunConfig:
     return load(RunConfig, TINY, [*given, "data.workers=0", "evaluation.workers=0", "record.log_every=1", *changes])
 
 
-def png(values: np.ndarray, mode: str | None = None) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(values).convert(mode).save(out, "png")
-    return out.getvalue()
+def encoded(values: np.ndarray) -> bytes:
+    return png(Image.fromarray(values))
 
 
 def test_what_is_drawn_for_one_field_of_a_sample_is_drawn_for_all() -> None:
@@ -69,9 +68,9 @@ def test_what_is_drawn_for_one_field_of_a_sample_is_drawn_for_all() -> None:
             middle = fields
     assert len(seen) > 55  # seasons, places, mirrored and turned
     assert torch.equal(middle["segmentation"][0], torch.from_numpy(label[0, 2:14, 2:14])) and "prior" not in middle
-    picture = MapDecoder("s1", 3, Geometry(16, 16))(png(members["s1"][0].transpose(1, 2, 0)), "png", None)
+    picture = MapDecoder("s1", 3, Geometry(16, 16))(encoded(members["s1"][0].transpose(1, 2, 0)), "png", None)
     assert np.array_equal(picture, members["s1"][0])
-    assert np.array_equal(LabelMapDecoder("map", 9, Geometry(16, 16))(png(label[0]), "png", None), label[0])
+    assert np.array_equal(LabelMapDecoder("map", 9, Geometry(16, 16))(encoded(label[0]), "png", None), label[0])
 
 
 def test_a_map_that_cannot_be_used_costs_its_sample_and_a_foreign_one_stops_the_run() -> None:
@@ -97,7 +96,11 @@ def test_a_map_that_cannot_be_used_costs_its_sample_and_a_foreign_one_stops_the_
         with pytest.raises(BadSample) as caught:
             decoder(data, "npy", 3)
         assert caught.value.cause == cause
-    for data, cause in ((png(np.zeros((8, 8, 3), np.uint8)), "map_mode"), (png(np.zeros((9, 8), np.uint8)), "map_size"), (b"GIF", "map")):
+    for data, cause in (
+        (encoded(np.zeros((8, 8, 3), np.uint8)), "map_mode"),
+        (encoded(np.zeros((9, 8), np.uint8)), "map_size"),
+        (b"GIF", "map"),
+    ):
         with pytest.raises(BadSample) as caught:
             labels(data, "png", None)
         assert caught.value.cause == cause

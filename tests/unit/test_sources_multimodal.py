@@ -12,25 +12,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from pipeline.data.cache import ShardCache
 from pipeline.data.errors import DataError
-from pipeline.data.index import Index
-from pipeline.data.read import Reader
-from tools.make_shards import build, parser
+from tests.shards import make, samples
 from tools.sources import digits, icon_weights, openmoji, tuxpaint
 
 BIRDS = ("owl", "hen", "duck", "stork", "crow", "robin", "dove", "heron", "lark", "swan", "kiwi", "gull")
 SAMPLES = list[dict[str, bytes]]
-
-
-def make(*arguments: object) -> str:
-    return build(parser().parse_args([str(argument) for argument in (*arguments, "--workers", 1)]))
-
-
-def samples(folder: Path) -> SAMPLES:
-    index = Index.open(folder)
-    reader = Reader(index, ShardCache(None))
-    return [reader.read(row) for row in range(index.num_samples)]
 
 
 def grey(png: bytes) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from pipeline.data.lanes import Rows
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.towers.base import Tower, TowerConfig, TowerData
 from pipeline.types import Batch
-from tools.make_shards import main as make_shards
+from tests.shards import by_hand
+from tools.sources.base import png
 
 CLASSES = ["bird", "boat"]
 AUDIO = {"name": "audio", "field": "speech", "width": 8, "layers": 2, "embed_dim": 12, "audio": {"seconds": 0.5, "num_mels": 20}}
@@ -46,28 +46,11 @@ def speech() -> bytes:
     return out.getvalue()
 
 
-def png(mode: str, shade: int) -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, (16, 16), shade).save(out, "png")
-    return out.getvalue()
-
-
-def write(folder: Path, rows: list[dict[str, bytes]]) -> Path:
-    folder.mkdir()
-    with tarfile.open(folder / "000.tar", "w") as tar:
-        for number, members in enumerate(rows):
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{number:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    assert make_shards(["tars", str(folder), "--shards", str(folder / "*.tar"), "--workers", "1"]) == 0
-    return folder
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 samples: 0 has everything, 1 Spanish only, 2 no speech, 3 no line art, 4 no class, 5 a broken clip, 6 an empty one, 7 neither."""
-    plain = {"image.png": png("L", 9), "txt": b"a bird", "line.png": png("L", 200), "speech.fr.ogg": speech()}
+    image, line = (png(Image.new("L", (16, 16), shade)) for shade in (9, 200))
+    plain = {"image.png": image, "txt": b"a bird", "line.png": line, "speech.fr.ogg": speech()}
     rows = [plain | {"json": json.dumps({"class": CLASSES[n % 2], "label": n % 2}).encode()} for n in range(8)]
     rows[1]["speech.es.ogg"] = rows[1].pop("speech.fr.ogg")
     for row, member in ((2, "speech.fr.ogg"), (3, "line.png"), (7, "line.png"), (7, "speech.fr.ogg")):
@@ -78,7 +61,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile.write(empty, np.zeros(0), 8000, format="WAV")
     del rows[6]["speech.fr.ogg"]
     rows[6]["speech.fr.wav"] = empty.getvalue()
-    return write(tmp_path_factory.mktemp("modalities") / "shards", rows)
+    return by_hand(tmp_path_factory.mktemp("modalities") / "shards", rows)
 
 
 def decoders(folder: Path, *configs: TowerConfig) -> dict[str, Decoder]:

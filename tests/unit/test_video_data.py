@@ -12,13 +12,11 @@ import pytest
 from PIL import Image
 
 from pipeline.data import video
-from pipeline.data.cache import ShardCache
 from pipeline.data.errors import BadSample, DataError
-from pipeline.data.index import Index
-from pipeline.data.read import Reader
 from pipeline.data.video import ClipConfig, VideoDecoder
-from tools.make_shards import build, parser
+from tests.shards import make, samples
 from tools.sources import _video, clips, turns
+from tools.sources.base import png
 
 FRAMES = (np.arange(12, dtype=np.uint8)[:, None, None] * 20 + np.zeros((12, 24, 16), np.uint8)).astype(np.uint8)  # each one shade
 
@@ -36,9 +34,7 @@ def archive(names: list[str], frames: np.ndarray = FRAMES) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name, frame in zip(names, frames):
-            png = io.BytesIO()
-            Image.fromarray(frame).save(png, "png")
-            file.writestr(name, png.getvalue())
+            file.writestr(name, png(Image.fromarray(frame)))
     return out.getvalue()
 
 
@@ -105,9 +101,7 @@ def test_short_and_broken_videos_are_bad_samples_by_cause() -> None:
     uneven = io.BytesIO()
     with zipfile.ZipFile(uneven, "w") as file:
         for number, size in enumerate((16, 16, 17, 16)):
-            png = io.BytesIO()
-            Image.new("RGB", (size, 16)).save(png, "png")
-            file.writestr(f"{number}.png", png.getvalue())
+            file.writestr(f"{number}.png", png(Image.new("RGB", (size, 16))))
     with pytest.raises(BadSample, match="different sizes"):
         decoder()(uneven.getvalue(), "zip", None)
 
@@ -146,16 +140,6 @@ def test_without_pyav_a_container_stops_the_run_and_names_the_extra(monkeypatch:
     with pytest.raises(DataError, match=r"pip install 'dissect-pipeline\[video\]'"):
         decoder()(data, "mp4", None)
     assert shades(decoder()(_video.encode(FRAMES, "webp"), "webp", None)) == [4, 5, 6, 7]
-
-
-def samples(folder: Path) -> list[dict[str, bytes]]:
-    index = Index.open(folder)
-    reader = Reader(index, ShardCache(None))
-    return [reader.read(row) for row in range(index.num_samples)]
-
-
-def make(*arguments: object) -> str:
-    return build(parser().parse_args([str(argument) for argument in (*arguments, "--workers", 1)]))
 
 
 def test_two_event_clips_are_what_their_class_says(tmp_path: Path) -> None:

@@ -94,12 +94,17 @@ def shuffled(count: int, options: argparse.Namespace, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 0x6F72646572]).permutation(count)[: options.limit]
 
 
+def png(image: Image.Image) -> bytes:
+    """Encoded, the same bytes for the same image."""
+    out = io.BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
 def on_white(image: Image.Image, size: int, mode: str = "RGB") -> bytes:
     """A PNG of `size` x `size`: transparency on white, what is not square padded and not stretched."""
     image = image.convert("RGBA")
     side = max(image.size)
     page = Image.new("RGBA", (side, side), "white")
     page.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    out = io.BytesIO()
-    page.convert(mode).resize((size, size), Image.Resampling.LANCZOS).save(out, "png")
-    return out.getvalue()
+    return png(page.convert(mode).resize((size, size), Image.Resampling.LANCZOS))

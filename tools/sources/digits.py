@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import importlib.util
-import io
 import json
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
-from tools.sources.base import Pair, Plan
+from tools.sources.base import Pair, Plan, png
 from tools.sources.base import Source as Base
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -58,8 +57,8 @@ class Source(Base):
         clean, noisy = digits.images / 16, canvases(digits.images / 16, self.seed)
         for row in rows:
             label = int(digits.target[row])
-            more = {"clean.png": _png(clean[row]), "json": json.dumps({"label": label, "class": NAMES[label]}).encode()}
-            yield Pair("image.png", _png(noisy[row]), NAMES[label], more)
+            more = {"clean.png": _grey(clean[row]), "json": json.dumps({"label": label, "class": NAMES[label]}).encode()}
+            yield Pair("image.png", _grey(noisy[row]), NAMES[label], more)
 
     def about(self) -> str:
         return "licence CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
@@ -75,7 +74,5 @@ def canvases(images: np.ndarray, seed: int) -> np.ndarray:
     return canvas
 
 
-def _png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray((ZERO + SCALE * image).round().clip(0, 255).astype(np.uint8)).save(out, "png")
-    return out.getvalue()
+def _grey(image: np.ndarray) -> bytes:
+    return png(Image.fromarray((ZERO + SCALE * image).round().clip(0, 255).astype(np.uint8)))

@@ -5,7 +5,6 @@ import functools
 import gzip
 import importlib.metadata
 import importlib.util
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.errors import BadSample, DataError
 from pipeline.data.maps import label_priors
-from tools.sources.base import Pair, Plan, add_set_arguments, shuffled, split_of
+from tools.sources.base import Pair, Plan, add_set_arguments, png, shuffled, split_of
 from tools.sources.base import Source as Base
 from tools.sources.two_sensors import npy
 
@@ -66,8 +65,9 @@ class Source(Base):
             top, left = found[row]
             at = np.s_[top : top + size, left : left + size]
             label = land(self.options.labels)[at]
-            more = {"relief.png": _png(picture("etopo1")[at]), "segmentation.png": _png(label)}
-            yield Pair("optical.png", _png(picture("bmng")[at]), self._caption(found[row]), more | {"prior.npy": npy(prior(label))})
+            more = {"relief.png": png(Image.fromarray(picture("etopo1")[at])), "segmentation.png": png(Image.fromarray(label))}
+            optical = png(Image.fromarray(picture("bmng")[at]))
+            yield Pair("optical.png", optical, self._caption(found[row]), more | {"prior.npy": npy(prior(label))})
 
     def about(self) -> str:
         return "pictures: NASA's Blue Marble and NOAA's ETOPO1, public domain; land masks: GSHHG"
@@ -101,12 +101,6 @@ def land(accuracy: str) -> np.ndarray:
 def picture(name: str) -> np.ndarray:
     """uint8 [2700, 5400, 3] from the north."""
     return np.asarray(Image.open(_folder() / f"{name}.jpg").convert("RGB"))
-
-
-def _png(values: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(values).save(out, "png")
-    return out.getvalue()
 
 
 def _folder() -> Path:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.errors import BadSample, DataError
-from tools.sources.base import Pair, Plan
+from tools.sources.base import Pair, Plan, png
 from tools.sources.base import Source as Base
 
 # Split by artist, never at random: renderings of one drawing would leak. Whatever is chosen by its accuracy is chosen on fit and choose,
@@ -163,10 +163,8 @@ def draw(svg: str, size: int) -> bytes:
     plain = re.sub(r'\s(?:width|height|viewBox)="[^"]*"', "", tag[0])
     svg = svg.replace(tag[0], f'{plain[:4]} width="{size}" height="{size}" {square}{plain[4:]}', 1)
     drawn = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    out = io.BytesIO()
     # every drawing is black: one channel says it all, in two thirds of the bytes and of the decoding time
-    Image.open(io.BytesIO(bytes(drawn))).convert("L").save(out, "png")
-    return out.getvalue()
+    return png(Image.open(io.BytesIO(bytes(drawn))).convert("L"))
 
 
 def _name(pack: str, entry: str) -> str:
