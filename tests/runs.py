@@ -108,6 +108,20 @@ class Child:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
+def kill_at(steps: int, run: Path, *ranks: Child) -> None:
+    """SIGKILL to every rank of a run once that many of its steps are logged, those of earlier starts too."""
+    metrics = run / "metrics.jsonl"
+
+    def reached() -> bool:
+        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""  # a line may be half written
+        return any(child.poll() is not None for child in ranks) or sum('"loss"' in line for line in whole.splitlines()) >= steps
+
+    wait_for(reached, f"{steps} steps", every=0.002)
+    assert all(child.kill(signal.SIGKILL) for child in ranks), ranks[0].output()
+    for child in ranks:
+        child.wait()
+
+
 class Launcher:
     """See the module's docstring. One for a test session."""
 

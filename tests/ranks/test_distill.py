@@ -1,6 +1,5 @@
 """Stage 2 on two ranks, in every ZeRO stage, killed and resumed: frozen and online teacher, critic and its optimizer, queues and banks."""
 
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from pipeline.distributed.adversaries import FILE
 from pipeline.run import RunConfig
 from tests.distill import AMID, THREE, command, config, live
-from tests.runs import Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, kill_at, last_checkpoint, losses
 
 STAGES = {
     "DDP": None,
@@ -60,10 +59,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(launcher: Launcher, digits:
     run = tmp_path / "run"
     given = command(made(digits, colour, run))
     for steps in (5, 10):
-        child = launcher.start(given)
-        wait_for(lambda child=child, steps=steps: child.poll() is not None or len(_lines(run)) >= steps, f"{steps} steps", every=0.002)
-        assert child.kill(signal.SIGKILL), child.output()
-        child.wait()
+        kill_at(steps, run, launcher.start(given))
     launcher.run(given)
     assert_same_end(run, alone)
     assert (last_checkpoint(run) / FILE).read_bytes() == (last_checkpoint(alone) / FILE).read_bytes()
@@ -74,18 +70,7 @@ def test_a_killed_run_of_two_ranks_in_stage_2_resumes_bit_for_bit(launcher: Laun
     for name, kills in (("whole", ()), ("killed", (5, 9))):
         given = command(made(digits, colour, tmp_path / name, zero={"stage": 2}))
         for steps in kills:
-            pair = launcher.ranks(2, given, free_port())
-            wait_for(
-                lambda pair=pair, steps=steps: any(c.poll() is not None for c in pair) or len(_lines(tmp_path / "killed")) >= steps, "steps"
-            )
-            assert all(child.kill(signal.SIGKILL) for child in pair), pair[0].output()
-            for child in pair:
-                child.wait()
+            kill_at(steps, tmp_path / "killed", *launcher.ranks(2, given, free_port()))
         for child in launcher.ranks(2, given, free_port()):
             child.finish()
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
-
-
-def _lines(run: Path) -> list[str]:
-    path = run / "metrics.jsonl"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

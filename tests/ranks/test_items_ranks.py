@@ -1,7 +1,6 @@
 """The item tower on two ranks, sharded with everything on the host, and killed: the losses of one process, and no step lost."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from pipeline.config import to_yaml
 from pipeline.towers._item import language_model
 from pipeline.towers._prompt import TokensConfig, write_tokenizer
 from tests.items import LLM, clip, config, pairs  # noqa: F401, fixtures
-from tests.runs import Launcher, assert_same_end, free_port, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, assert_same_end, free_port, kill_at, last_checkpoint, losses
 
 
 def command(shards: Path, out: Path, clip: Path, **given: object) -> list[str]:  # noqa: F811
@@ -78,11 +77,7 @@ def test_a_killed_item_run_resumes_bit_for_bit(launcher: Launcher, pairs: Path, 
     launcher.run(command(pairs, tmp_path / "whole", clip, **saves))
     again = command(pairs, tmp_path / "killed", clip, **saves)
     for steps in (6, 15):
-        child = launcher.start(again)
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        wait_for(lambda: child.poll() is not None or (metrics.exists() and len(losses(metrics.parent)) >= steps), f"{steps} steps", every=0.02)  # noqa: B023
-        assert child.kill(signal.SIGKILL), child.output()
-        child.wait()
+        kill_at(steps, tmp_path / "killed", launcher.start(again))
         assert last_checkpoint(tmp_path / "killed")
     launcher.run(again)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")

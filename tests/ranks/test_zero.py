@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.distributed import checkpoint
-from tests.runs import Launcher, assert_same_end, columns, free_port, last_checkpoint, losses, selection_log, wait_for
+from tests.runs import Launcher, assert_same_end, columns, free_port, kill_at, last_checkpoint, losses, selection_log
 
 ZERO = {
     "stage 0": "{stage: 0}",
@@ -144,16 +143,7 @@ def test_memory_of_the_optimizer_falls_as_one_over_ranks(
 
 def kill_after(launcher: Launcher, size: int, out: Path, data: Path, cell: list[str], steps: int) -> int:
     """Starts a run, kills every rank with SIGKILL after so many steps of the whole run; gives the step of the newest checkpoint."""
-    children = start_cells(launcher, size, out, data, {"run": cell})
-    metrics = out / "run" / "metrics.jsonl"
-
-    def reached() -> bool:
-        return any(child.poll() is not None for child in children) or (metrics.exists() and len(losses(metrics.parent)) >= steps)
-
-    wait_for(reached, f"{steps} steps", every=0.02)
-    assert all(child.kill(signal.SIGKILL) for child in children), children[0].output()
-    for child in children:
-        child.wait()
+    kill_at(steps, out / "run", *start_cells(launcher, size, out, data, {"run": cell}))
     return checkpoint.newest(out / "run")[1]["step"]
 
 

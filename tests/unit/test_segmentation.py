@@ -3,7 +3,6 @@ uninterrupted one."""
 
 import io
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from pipeline.record.report import write_report
 from pipeline.run import RunConfig
 from pipeline.towers import unet
 from tests.distill import command, refused, train
-from tests.runs import Launcher, assert_same_end, last_checkpoint, losses, wait_for
+from tests.runs import Launcher, assert_same_end, kill_at, last_checkpoint
 from tools.make_shards import main as make_shards
 from tools.sources.base import png
 from tools.sources.two_sensors import CLASSES, draw, npy
@@ -185,15 +184,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(launcher: Launcher, shards:
     changes = ("visits=6", "checkpoint.every=4", "objectives.cromss.ramp_steps=12")
     launcher.run(command(tiny(shards, tmp_path / "whole", *changes)))
     given = command(tiny(shards, tmp_path / "killed", *changes))
-    metrics = tmp_path / "killed" / "metrics.jsonl"
     for steps in (6, 11):
-        child = launcher.start(given)
-        wait_for(
-            lambda child=child, steps=steps: child.poll() is not None or (metrics.exists() and len(losses(metrics.parent)) >= steps),
-            "steps",
-        )
-        assert child.kill(signal.SIGKILL), child.output()
-        child.wait()
+        kill_at(steps, tmp_path / "killed", launcher.start(given))
     launcher.run(given)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
     assert int(load_file(last_checkpoint(tmp_path / "killed") / "model.safetensors")["objectives.cromss.step"]) == 18
