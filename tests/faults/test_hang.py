@@ -127,9 +127,7 @@ def test_a_stopped_rank_is_named_and_the_other_ends(
 
 
 @pytest.mark.parametrize(("rank", "how"), [(1, "stuck_in_python"), (0, "stuck_in_c")])
-def test_a_rank_that_is_stuck_in_its_own_code_shows_where(
-    launcher: Launcher, icons_small: Path, lab: Path, rank: int, how: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_rank_that_is_stuck_in_its_own_code_shows_where(launcher: Launcher, icons_small: Path, lab: Path, rank: int, how: str) -> None:
     run = lab / "run"
     pair = start(launcher, arguments(icons_small, run, *FOREVER), lab, {rank: how})
     assert pair[1 - rank].wait() == EXIT, pair[1 - rank].output()

@@ -208,7 +208,7 @@ def test_a_store_that_goes_away_in_the_middle_of_an_upload(door: Door, moto_s3: 
 
 
 def test_an_upload_that_failed_is_completed_by_the_next_start(
-    door: Door, moto_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    door: Door, moto_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     url, comm = f"{moto_s3}/runs/x", LocalComm()
     first = open_home(url, tmp_path, comm, upload_timeout=1.0)

@@ -65,9 +65,7 @@ def test_without_slurm_the_way_out_is_named(tmp_path: Path, capsys: pytest.Captu
     assert "--executor local" in capsys.readouterr().err
 
 
-def test_a_folder_with_a_checkpoint_of_another_configuration_is_left_alone(
-    trained: Path, icons_small: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_folder_with_a_checkpoint_of_another_configuration_is_left_alone(trained: Path) -> None:
     from slurm.folder import check_free
 
     config = load(RunConfig, trained / "resolved.yaml")

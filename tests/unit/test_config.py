@@ -105,7 +105,7 @@ def test_a_value_of_the_wrong_type_or_size_is_refused_by_full_path(assignment: s
     assert said.startswith(f"{DEBUG}: {path}") and "(found " in said
 
 
-def test_yaml_numbers_are_what_they_look_like(tmp_path: Path) -> None:
+def test_yaml_numbers_are_what_they_look_like() -> None:
     values = read_yaml("[3e-4, 1E6, -2.5e+3, 1_000e3, .5, 2., 12, -3, 0x10, 1_000, true, null, ~, .inf]")
     assert values == [3e-4, 1e6, -2500.0, 1e6, 0.5, 2.0, 12, -3, 16, 1000, True, None, None, math.inf]
     assert [type(value) for value in values[:9]] == [float] * 6 + [int] * 3

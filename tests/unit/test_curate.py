@@ -68,7 +68,7 @@ def test_the_lower_class_is_noisy_and_everything_is_written(
     assert check_shards([str(out / "shards"), "--decode"]) == 0
 
 
-def test_a_share_that_is_known_decides_instead_of_the_split(run: Path, icons_small: Path, tmp_path: Path) -> None:
+def test_a_share_that_is_known_decides_instead_of_the_split(run: Path, tmp_path: Path) -> None:
     assert main(["curate", str(run), str(tmp_path / "out"), "--share", "0.1"]) == 0
     verdict = pq.read_table(tmp_path / "out" / "samples.parquet")["verdict"].to_pylist()
     assert verdict.count("noisy") == round(0.1 * len(verdict)) and all(v == "clean" for v in verdict[1::3])

@@ -144,7 +144,7 @@ def test_contact_sheets_show_the_right_pairs_with_their_truth(run):
     assert "own name 0" not in page.text  # a clean pair has its own caption already
 
 
-def test_contact_sheets_order_counts_and_ids_of_a_second_source(tmp_path, data):
+def test_contact_sheets_order_counts_and_ids_of_a_second_source(data):
     train, test = data
     log = log_table(True)
     refused, kept = contact_sheets(log, load_truth([train]), [train], warmup_visits=2, count=3)

@@ -141,7 +141,7 @@ def test_scores_are_scikit_learn_s() -> None:
         scores(confusion(logits, torch.full_like(label, IGNORE)))
 
 
-def test_the_sources_say_what_they_are_wrong_in(shards: Path, tmp_path: Path) -> None:
+def test_the_sources_say_what_they_are_wrong_in(tmp_path: Path) -> None:
     scene = draw(3, 0, train=True, wrong=0.45)
     assert [round(float((season != scene.clean).mean()), 1) for season in scene.noisy] == [0.4] * 4  # a few drawn labels are right
     earth = parse(unet.Config, {"sensors": {"relief": 3, "optical": 3}, "classes": 2, "image_size": 64}, "test")

@@ -112,7 +112,7 @@ def test_ranks_decide_by_the_scores_of_all(tmp_path: Path) -> None:
         assert one.shape == pytest.approx(whole.shape) and one.shape != pytest.approx(alone[0].shape)
 
 
-def test_history_is_written_until_warm_up_ends_and_then_frozen(tmp_path: Path) -> None:
+def test_history_is_written_until_warm_up_ends_and_then_frozen() -> None:
     from pipeline.types import Candidates
 
     selector = dissect.Config(warmup_visits="auto").build(num_samples=4, warmup_steps=100)
