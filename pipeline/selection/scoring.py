@@ -22,9 +22,8 @@ from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.base import Selector
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.warmup import Watch
+from pipeline.towers._views import KEPT
 from pipeline.types import Batch, Selection
-
-PATCHES = "image.patches"
 
 
 class ScoringConfig(Strict):
@@ -220,7 +219,7 @@ class Scoring:
         if config.patches < 1:
             count = (image.shape[-1] // next(iter(self.engine.raw.towers.values())).patch_size) ** 2
             lot = hash_ids(self.seed, -4, batch.sample[:, None], torch.arange(count, device=image.device))
-            fields[PATCHES] = lot.topk(max(1, int(config.patches * count)), dim=1).indices.sort(dim=1).values
+            fields[KEPT] = lot.topk(max(1, int(config.patches * count)), dim=1).indices.sort(dim=1).values
         return replace(batch, fields=fields)
 
     def cost(self, batch: Batch) -> tuple[float, float, float]:

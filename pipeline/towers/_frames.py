@@ -1,16 +1,14 @@
 """The image encoder of a video tower, run on every frame or tubelet of a clip. Its weights keep the names that they have in open_clip."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import ConfigError, digest
 from pipeline.towers._temporal import central
-from pipeline.towers.base import normalise_pixels
+from pipeline.towers.base import normalise_pixels, plain_attention
 from pipeline.weights import digest_of
 
 if TYPE_CHECKING:
@@ -62,8 +60,7 @@ class Frames(nn.Module):
     def _encode(self, tubelets: Tensor) -> tuple[Tensor, ...]:
         pixels = normalise_pixels(tubelets, self.mean, self.std)
         pixels = pixels[:, 0] if self.tubelet == 1 else pixels.transpose(1, 2)
-        written_out = pixels.device.type == "cpu" and not self.recomputes  # see towers/open_clip.py
-        with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
+        with plain_attention(pixels.device, self.recomputes):
             found = self.visual(pixels)
         return found if self.patches else (found,)
 

@@ -1,11 +1,10 @@
 """What a video tower has after its frame encoder: the adapters, and a transformer over time with positions that can be stretched."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.towers.base import plain_attention
 
 
 class Bottleneck(nn.Module):
@@ -52,8 +51,7 @@ class Temporal(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(len(frames), -1, -1).to(frames.dtype), frames], 1) + self.position
-        # as in towers/open_clip.py: the fused attention's backward costs a small model half of its step on the CPU
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+        with plain_attention(x.device):
             for block in self.blocks:
                 x = block(x)
         x = self.norm(x)

@@ -1,10 +1,13 @@
 """What a tower is: it reads fields of the batch and gives named features."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Component
 from pipeline.data.decode import Decoder
@@ -84,6 +87,12 @@ class Tower(nn.Module):
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """(parameter, lowest, highest): what the engine clamps after each optimizer step, wherever the shards are (the logit scale)."""
         return []
+
+
+def plain_attention(device: torch.device, recomputed: bool = False) -> AbstractContextManager:
+    """Inside, attention on the CPU is written out: torch's fused one spends half of a small model's step in its backward there. Not for
+    blocks that gradient checkpointing computes again during the backward, when this context has ended."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and not recomputed else nullcontext()
 
 
 def normalise_pixels(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """An item tower (NoteLLM-2, Zhang et al., KDD 2025, arXiv 2405.16789): image and text of an item through a causal LLM into one vector."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import ConfigError
 from pipeline.data.decode import Decoder
 from pipeline.towers._item import ConnectorConfig, ItemEncoder, Places, Views, language_model
 from pipeline.towers._prompt import ItemText, Prompt, TokensConfig, write_tokenizer
-from pipeline.towers.base import Tower, TowerConfig, TowerData, normalise_pixels
+from pipeline.towers.base import Tower, TowerConfig, TowerData, normalise_pixels, plain_attention
 from pipeline.towers.open_clip import Config as OpenClipConfig
 
 FILE = "tokenizer-items.json"
@@ -118,8 +116,7 @@ class Mlrm(Tower):
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         sides = [side for side, start in SIDES.items() if f"{start}image" in fields or f"{start}text" in fields]
-        # written-out attention on the CPU, for the fused one's backward is slow there (towers/open_clip.py)
-        with sdpa_kernel(SDPBackend.MATH) if self.mean.device.type == "cpu" and not self.recomputes else nullcontext():
+        with plain_attention(self.mean.device, self.recomputes):
             ids, states, has_image, there = (torch.cat(part) for part in zip(*(self.inputs(side, fields, mask) for side in sides)))
             views = self.items(ids, states)
         return self.features(views, has_image, there, sides)

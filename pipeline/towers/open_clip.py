@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +11,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import ConfigError, Strict, unknown
 from pipeline.data.decode import Decoder, ImageDecoder, TextDecoder
 from pipeline.data.text import BpeTokenizer, train_bpe
 from pipeline.towers._views import KEPT, allow_views
-from pipeline.towers.base import Tower, TowerConfig, TowerData, normalise_pixels
+from pipeline.towers.base import Tower, TowerConfig, TowerData, normalise_pixels, plain_attention
 
 logging.getLogger("open_clip").setLevel(logging.WARNING)
 
@@ -158,10 +156,7 @@ class OpenClip(Tower):
 
     def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         out = {"scale": self.model.logit_scale.exp()}
-        # on the CPU torch's fused attention spends half of a small model's step in its backward; the written-out form does not,
-        # but gradient checkpointing computes the blocks again during the backward, when this context has ended
-        written_out = self.mean.device.type == "cpu" and not self.recomputes
-        with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
+        with plain_attention(self.mean.device, self.recomputes):
             if "image" in fields:
                 pixels = normalise_pixels(fields["image"], self.mean, self.std)
                 if self.patch_size:
