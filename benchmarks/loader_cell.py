@@ -185,38 +185,42 @@ def memory() -> int:
     return total
 
 
-def cpu() -> float:
-    """CPU seconds of this process and of those of its children that have ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+def cpu(who: int = resource.RUSAGE_SELF) -> float:
+    """CPU seconds of this process, or of those of its children that have ended."""
+    return sum(resource.getrusage(who)[:2])
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """One pass: seconds to the first batch, images/s by the clock and by CPU time, memory; then the first batch after a resume at 3/4."""
+    """One pass: seconds to the first batch, images/s by the clock (all in all, and after the first batch) and by CPU time, memory; then
+    the first batch after a resume at 3/4."""
     loader = LOADERS[cell["loader"]](cell, decoders(Path(cell["tokenizer"]), cell["size"]))
     steps, caches = cell["samples"] // BATCH, [Path(cell["cache"]) / name for name in ("cold", "resumed")]
     for folder in caches:
         folder.mkdir(parents=True)
     gc.collect()
     before, spent, began = memory(), cpu(), time.perf_counter()
-    iterator, rows, highest, first, state = loader.start(caches[0], None), 0, 0, 0.0, None
+    iterator, rows, highest, first, early, state = loader.start(caches[0], None), 0, 0, 0.0, 0, None
     for done, batch in enumerate(iterator, 1):
         rows += len(batch["image"]) if isinstance(batch, dict) else len(batch) + batch.skipped
-        first = first or time.perf_counter() - began
+        if done == 1:
+            first, early = time.perf_counter() - began, rows
         if done in (steps // 2, 3 * steps // 4):
             highest = max(highest, memory())
         if done == 3 * steps // 4:
             state = loader.state(done)
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, cpu() - spent
     del iterator, batch
     gc.collect()  # workers end, and are counted
-    used, began = cpu() - spent, time.perf_counter()
+    used, began = used + cpu(resource.RUSAGE_CHILDREN), time.perf_counter()
+    steady = (rows - early) / (seconds - first)
     if "skipped" in cell["loader"]:
         rows, resumed = rows + loader.passed, None
     else:
         iterator = loader.start(caches[1], state)
         next(iterator)
         resumed = time.perf_counter() - began
-    found = {"images_per_second": rows / seconds, "images_per_cpu_second": rows / used, "first_batch_seconds": first, "rows": rows}
+    found = {"images_per_second": rows / seconds, "steady_images_per_second": steady, "images_per_cpu_second": rows / used}
+    found |= {"first_batch_seconds": first, "rows": rows}
     version = importlib.metadata.version(loader_package) if (loader_package := getattr(loader, "package", None)) else None
     return found | {"resumed_first_batch_seconds": resumed, "memory_mib": (highest - before) / 2**20, "version": version}
 

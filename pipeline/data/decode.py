@@ -62,6 +62,7 @@ class ImageDecoder:
         self.transform = transform
         self.augmentation = augmentation
         self._decode = imagehandler("pilrgb", self.extensions)
+        PIL.Image.preinit()  # here, so that workers that are forked find the common formats loaded
 
     def __call__(self, data: bytes, extension: str, seed: int | None) -> np.ndarray:
         image = self._open(data, extension)

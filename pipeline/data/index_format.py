@@ -99,7 +99,7 @@ def build_mapped(parquet: str, source: str, mapped: str) -> None:
             for number, shard in enumerate(meta["shards"]):
                 table = file.read_row_group(number).combine_chunks()
                 _check_rows(table, shard, start, source)
-                writer.write_table(table.select(names).cast(schema), max_chunksize=table.num_rows)
+                writer.write_table(pa.Table.from_arrays([table[name] for name in names], schema=schema), max_chunksize=table.num_rows)
                 start += table.num_rows
         os.replace(temp, mapped)
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -156,7 +156,9 @@ def _check_rows(table: pa.Table, shard: dict[str, Any], start: int, source: str)
         raise DataError(f"{where}: empty cells. The index is damaged; {REBUILD}")
     if not np.array_equal(table["sample"].to_numpy(), np.arange(start, start + count)):
         raise DataError(f"{where}: sample ids should run from {start} to {start + count - 1} in order. The index is damaged; {REBUILD}")
-    names = table["shard"].unique().to_pylist()
+    cells = table["shard"].chunk(0)  # the only one, of rows that were combined
+    # not Arrow's unique(), nor its cast(): the first use of either imports pyarrow.compute, most of the time of a first opening
+    names = [cells.dictionary[place].as_py() for place in sorted(set(cells.indices.to_numpy().tolist()))]
     if names != [shard["name"]]:
         raise DataError(f"{where}: its row group names {names[:3]}; expected this shard alone. The index is damaged; {REBUILD}")
     for name in table.column_names:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy.random  # noqa: F401 (torch seeds it in every worker, which imported it there each time: 25 ms of CPU)
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
