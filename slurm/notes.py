@@ -42,7 +42,8 @@ def notes(run: Path) -> list[dict[str, Any]]:
 
 def committed_step(run: Path) -> int:
     """The step of the newest checkpoint, 0 where there is none; by its name, nothing is verified."""
-    return max((int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/step-*/COMMIT")), default=0)
+    commits = run.glob(f"checkpoints/step-{'[0-9]' * 8}/COMMIT")
+    return max((int(path.parent.name.split("-")[1]) for path in commits), default=0)
 
 
 def is_locked(run: Path) -> bool:

@@ -90,7 +90,7 @@ def remove(folder: Path) -> None:
 
 
 def _folders(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-????????"))
+    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))  # and nothing that somebody keeps beside them
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:

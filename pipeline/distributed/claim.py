@@ -1,6 +1,7 @@
 """One process group per run folder in an object store, which has no locks: numbered claims, a sign of life, and who came later."""
 
 import json
+import re
 import secrets
 import threading
 import time
@@ -40,7 +41,7 @@ def name_of(number: int) -> str:
 
 def newest(store: Store) -> Held | None:
     """The claim that counts: the one with the highest number."""
-    numbers = [int(name[len(FOLDER) + 1 : -5]) for name in store.listing(FOLDER) if name.endswith(".json")]
+    numbers = [int(found[1]) for name in store.listing(FOLDER) if (found := re.fullmatch(rf"{FOLDER}/(\d+)\.json", name))]
     return _read(store, max(numbers)) if numbers else None
 
 

@@ -7,6 +7,7 @@ the claim is looked at: what an older start still does cannot change what a newe
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,11 +35,8 @@ def folder_of(step: int) -> str:
 
 def committed(store: Store) -> list[int]:
     """The steps of all whole checkpoints, oldest first. Raises DataError."""
-    return sorted(
-        int(name.split("/")[1].removeprefix("step-"))
-        for name in store.listing(CHECKPOINTS)
-        if name.count("/") == 2 and name.endswith("/COMMIT")
-    )
+    commits = (re.fullmatch(rf"{CHECKPOINTS}/step-(\d+)/COMMIT", name) for name in store.listing(CHECKPOINTS))
+    return sorted(int(found[1]) for found in commits if found)
 
 
 def files_of(store: Store, step: int) -> Listed:
@@ -159,10 +157,10 @@ class Uploads:
 
         def remove() -> None:
             claim.check(self._once, self.number)
-            there = self._once.listing(CHECKPOINTS)
-            whole = sorted(name.rsplit("/", 1)[0] for name in there if name.endswith("/COMMIT"))
-            kept = whole[-keep:]
-            old = [name for name in there if name.rsplit("/", 1)[0] not in kept and name.rsplit("/", 1)[0] < kept[-1]] if kept else []
+            parts = (re.fullmatch(rf"{CHECKPOINTS}/step-(\d+)/[^/]+", name) for name in self._once.listing(CHECKPOINTS))
+            steps = {found[0]: int(found[1]) for found in parts if found}
+            kept = sorted(step for name, step in steps.items() if name.endswith("/COMMIT"))[-keep:]
+            old = [name for name, step in steps.items() if kept and step < kept[-1] and step not in kept]
             self._once.remove(name for name in old if name.endswith("/COMMIT"))
             self._once.remove(name for name in old if not name.endswith("/COMMIT"))
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.data.errors import StorageError
+from pipeline.data.errors import DataError, StorageError
 from pipeline.distributed import checkpoint, claim, remote
 from pipeline.distributed.claim import Claim
 from pipeline.distributed.comm import LocalComm
 from pipeline.distributed.home import Home, open_home
 from pipeline.distributed.store import Patience, Store
 from pipeline.distributed.views import View
+from slurm.notes import committed_step
 from tests.faults.test_remote import checkpoint_in, fall_silent, upload
 
 
@@ -53,6 +54,25 @@ def test_a_claim_that_cannot_be_read_now_is_no_damaged_one(url: str) -> None:
         claim.newest(Store(url))
     with pytest.raises(StorageError, match="does not answer"):
         claim.newest(Away(url))
+
+
+def test_what_somebody_has_put_beside_claims_and_checkpoints_is_passed_over(url: str, tmp_path: Path) -> None:
+    upload(url, tmp_path / "run", 10)
+    Store(url).write(claim.name_of(3), Store(url).read("checkpoints/step-00000010/run.json"))
+    for name in ("owners/readme.json", "checkpoints/step-the-best/COMMIT", "checkpoints/step-bestever/COMMIT", "checkpoints/old/step-00000020/COMMIT"):
+        Store(url).write(name, b"")
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(DataError, match="000003.json: is no claim"):
+        claim.newest(Store(url))
+    upload(url, tmp_path / "run", 20)
+    before = Store(url).listing()
+    remote.Uploads(Store(url), 3, Patience(url, 1.0), None).retire(keep=1)
+    assert remote.committed(Store(url)) == [20]
+    assert {name for name in before if name not in Store(url).listing()} == {name for name in before if "/step-00000010/" in name}
+    checkpoint.commit(checkpoint.folder_of(tmp_path / "run", 10), {})
+    assert committed_step(tmp_path / "run") == 10 and [path.name for path in checkpoint.committed(tmp_path / "run")] == ["step-00000010"]
 
 
 def test_of_another_attempt_at_the_same_step_nothing_is_read(url: str, tmp_path: Path) -> None:
