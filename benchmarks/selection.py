@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -48,6 +48,7 @@ class Grid(Strict):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     matched: dict[str, str] = Field(default_factory=dict, description="row: the row whose CPU seconds it is given, by visits")
     whole: list[str] = Field(default_factory=list, description="rows that train everything: one rate is enough")
+    metric: Literal["top1", "t2i_r1", "t2i_r10"] = Field("top1", description="what rows are compared by; retrieval where classes are few")
 
 
 class Cell(NamedTuple):
@@ -89,13 +90,14 @@ def _cell(grid: Grid, name: str, selector: str, rate: float, seed: int, override
 
 def matched(grid: Grid, done: list[dict[str, Any]], visits: float) -> list[Cell]:
     """The rows of `grid.matched` again, their visits stretched by the median over seeds of the ratio of CPU seconds, with those of loading
-    where all cells tell them."""
+    where all cells tell them: one measurement a run of the same work, so its median over the set stands for all."""
     found, told = [], all(c.get("loading_seconds") is not None for c in done)
     for row, like in grid.matched.items():
         for name, data in grid.sets.items():
+            loading = statistics.median(c["loading_seconds"] for c in done if c["set"] == name) if told else 0
             for rate in grid.rates:
                 here = {
-                    (c["selector"], c["seed"]): c["cpu_seconds"] + (c["loading_seconds"] if told else 0)
+                    (c["selector"], c["seed"]): c["cpu_seconds"] + loading
                     for c in done
                     if c["set"] == name and c["rate"] in (rate, grid.rates[0])
                 }
@@ -167,6 +169,7 @@ def figures(result: dict[str, Any]) -> dict[str, float | None]:
     return {
         "top1": percent(result["zero_shot"]["top1"]) if "zero_shot" in result else None,
         "t2i_r1": percent(result["retrieval"]["text_to_image"]["r1"]),
+        "t2i_r10": percent(result["retrieval"]["text_to_image"]["r10"]),
         "i2t_r1": percent(result["retrieval"]["image_to_text"]["r1"]),
         "precision": percent(selection.get("precision")),
         "precision_last": percent(selection.get("precision_last")),
@@ -201,7 +204,7 @@ def go(todo: list[Cell], args: argparse.Namespace, folder: Path) -> list[dict[st
     print(f"{len(todo)} cells, {len(todo) - len(left)} finished before", flush=True)
     runs = in_slurm(left, folder / "submissions", args.cluster) if args.executor == "slurm" else in_processes(left, args.jobs)
     for number, values in enumerate(runs if left else [], 1):
-        told = ", ".join(f"{key} {values[key]:.1f}" for key in ("top1", "precision", "cpu_seconds") if values[key] is not None)
+        told = ", ".join(f"{key} {values[key]:.1f}" for key in ("top1", "t2i_r1", "precision", "cpu_seconds") if values[key] is not None)
         print(
             f"[{number}/{len(left)}] {values['set']} {values['selector']} rate {values['rate']} seed {values['seed']}: {told}", flush=True
         )

@@ -77,7 +77,9 @@ class Run:
             )
         count = self.sources.num_samples
         if (captions := sum(1 for _ in self.sources.captions(count))) > count:
-            raise ConfigError(f"memory: true: decodes once, but the {count} samples have {captions} captions, of which each visit draws one")
+            raise ConfigError(
+                f"memory: true: decodes once, but the {count} samples have {captions} captions, of which each visit draws one"
+            )
 
     def _decode(self) -> Batch:
         every = np.arange(self.sources.num_samples)

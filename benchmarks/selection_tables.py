@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("top1", "t2i_r1", "precision", "auc", "never_clean", "trained", "cost", "cpu_seconds", "loading_seconds")
+COLUMNS = ("top1", "t2i_r1", "t2i_r10", "precision", "auc", "never_clean", "trained", "cost", "cpu_seconds", "loading_seconds")
 DIGITS = {"auc": 3, "trained": 0, "cost": 0, "cpu_seconds": 0, "loading_seconds": 0}
 
 
@@ -34,7 +34,7 @@ def mean_spread(values: Iterable[float | None]) -> tuple[float, float, int]:
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else math.nan, len(known)
 
 
-def paired(one: dict[int, dict], other: dict[int, dict], key: str = "top1") -> tuple[float, float, list[float]]:
+def paired(one: dict[int, dict], other: dict[int, dict], key: str) -> tuple[float, float, list[float]]:
     """Mean difference seed by seed, its standard error, and the differences: initial weights, noise and order are the same in both."""
     seeds = sorted(set(one) & set(other))
     differences = [one[s][key] - other[s][key] for s in seeds if one[s][key] is not None and other[s][key] is not None]
@@ -42,8 +42,9 @@ def paired(one: dict[int, dict], other: dict[int, dict], key: str = "top1") -> t
     return mean, spread / math.sqrt(count) if count > 1 else math.nan, differences
 
 
-def verdicts(result: dict[str, Any], key: str = "top1") -> list[dict[str, Any]]:
-    """Each of our rows against every other of its set and rate, the worst first: loses, ties, wins; nothing for a single seed.
+def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each of our rows against every other of its set and rate by the grid's metric, the worst first: loses, ties, wins; nothing for a
+    single seed.
 
     The difference lost or won is one outside of the 95 % interval of Student's t: with three seeds 4.3 standard errors, with ten 2.3.
     """
@@ -56,7 +57,7 @@ def verdicts(result: dict[str, Any], key: str = "top1") -> list[dict[str, Any]]:
             continue
         others = {other: cells for (n, r, other), cells in found.items() if (n, r) == (name, rate) and other not in ours}
         for other, theirs in others.items():
-            difference, error, each = paired(mine, theirs, key)
+            difference, error, each = paired(mine, theirs, result["grid"]["metric"])
             if each:
                 bound = error * student.ppf(0.975, len(each) - 1)
                 verdict = "loses" if difference < -bound else "wins" if difference > bound else "ties" if len(each) > 1 else ""
@@ -67,8 +68,9 @@ def verdicts(result: dict[str, Any], key: str = "top1") -> list[dict[str, Any]]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Markdown: what ours loses, ties and wins, then one table for each set and rate, best top-1 first."""
-    lines = ["Ours against the others, paired by seed, top-1 in points; losses and ties first", ""]
+    """Markdown: what ours loses, ties and wins, then one table for each set and rate, the best by the grid's metric first."""
+    metric = result["grid"]["metric"]
+    lines = [f"Ours against the others, paired by seed, {metric} in points; losses and ties first", ""]
     lines += ["| set | rate | ours | other | difference | seeds ahead | |", "|---|---|---|---|---|---|---|"]
     for row in verdicts(result):
         lines.append(
@@ -80,7 +82,7 @@ def text(result: dict[str, Any]) -> str:
         rows = {selector: cells for (n, r, selector), cells in found.items() if (n, r) == (name, rate)}
         lines += ["", f"{name}, rate {rate:g}: mean ± standard deviation over seeds", ""]
         lines += ["| selector | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-        for selector, seeds in sorted(rows.items(), key=lambda item: -mean_spread(c["top1"] for c in item[1].values())[0]):
+        for selector, seeds in sorted(rows.items(), key=lambda item: -mean_spread(c[metric] for c in item[1].values())[0]):
             lines.append(f"| {selector} | {len(seeds)} | " + " | ".join(_cell(seeds, key) for key in COLUMNS) + " |")
     return "\n".join(lines)
 
@@ -100,22 +102,22 @@ def plots(result: dict[str, Any], folder: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "selection"  # the same bytes from the same figures
     folder.mkdir(parents=True, exist_ok=True)
-    found = groups(result["cells"])
-    panels = [
-        ("trained", "top1", "pairs trained", "top-1 %"),
-        ("cost", "top1", "thousand forwards (scored + 3 x trained)", ""),
-        ("cpu_seconds", "top1", "CPU seconds of training", ""),
-        ("precision", "top1", "clean share of kept pairs %", ""),
-        ("never_clean", "top1", "clean pairs never selected %", ""),
-    ]
+    found, metric = groups(result["cells"]), result["grid"]["metric"]
+    panels = {
+        "trained": "pairs trained",
+        "cost": "thousand forwards (scored + 3 x trained)",
+        "cpu_seconds": "CPU seconds of training",
+        "precision": "clean share of kept pairs %",
+        "never_clean": "clean pairs never selected %",
+    }
     for name in dict.fromkeys(name for name, _, _ in found):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), sharey=True, layout="constrained")
         for number, ((_, rate, selector), seeds) in enumerate((key, cells) for key, cells in found.items() if key[0] == name):
-            for axis, (x, y, *_labels) in zip(axes, panels):
-                _point(axis, seeds, x, y, f"{selector} {rate:g}", number)
-        for axis, (_, _, label, up) in zip(axes, panels):
+            for axis, x in zip(axes, panels):
+                _point(axis, seeds, x, metric, f"{selector} {rate:g}", number)
+        axes[0].set_ylabel(f"{metric} %")
+        for axis, label in zip(axes, panels.values()):
             axis.set_xlabel(label)
-            axis.set_ylabel(up)
             axis.grid(alpha=0.3)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)

@@ -27,12 +27,13 @@ GRID = {
     "rates": [0.2, 0.5],
     "seeds": [0, 1],
     "matched": {"random": "blend"},
+    "metric": "top1",
 }
 
 
 def done(cell: Cell, top1: float, seconds: float = 10.0) -> dict[str, Any]:
     """What a cell leaves."""
-    numbers = dict.fromkeys(("t2i_r1", "precision", "never_clean", "cost"), 50.0)
+    numbers = dict.fromkeys(("t2i_r1", "t2i_r10", "precision", "never_clean", "cost"), 50.0)
     return cell._asdict() | {"top1": top1, "auc": None, "trained": 1000, "cpu_seconds": seconds, "digest": cell.digest} | numbers
 
 
@@ -138,7 +139,12 @@ def test_a_matched_row_gets_the_visits_that_the_median_ratio_buys() -> None:
 def test_a_cell_in_memory_is_matched_with_the_loading_that_it_leaves_out() -> None:
     grid = parse(Grid, GRID | {"seeds": [0]}, "here")
     seconds = {"blend": 15.0, "random": 10.0, "full": 20.0}
-    ran = [done(cell, 1.0, seconds[cell.selector]) | {"loading_seconds": 10.0} for cell in cells(grid)]
+    loading = {
+        "blend": 4.0,
+        "random": 25.0,
+        "full": 10.0,
+    }  # the same work, measured once in each run: the median of 4, 4, 10, 25, 25 stands for all
+    ran = [done(cell, 1.0, seconds[cell.selector]) | {"loading_seconds": loading[cell.selector]} for cell in cells(grid)]
     assert all("visits=20.0" in cell.overrides for cell in matched(grid, ran, visits=16))
     del ran[0]["loading_seconds"]  # of a cell that ran before it was measured: then of none
     assert all("visits=24.0" in cell.overrides for cell in matched(grid, ran, visits=16))
@@ -154,9 +160,11 @@ def test_losses_come_first_then_ties_and_everything_is_paired_by_seed(tmp_path: 
     told = verdicts(result)
     assert [(row["other"], row["verdict"]) for row in told] == [("full", "loses"), ("close", "ties"), ("random", "ties")]
     found = groups(result["cells"])
-    mean, error, each = paired(found["a", 0.5, "blend"], found["a", 0.5, "random"])
+    mean, error, each = paired(found["a", 0.5, "blend"], found["a", 0.5, "random"], "top1")
     assert each == pytest.approx([1.0, -0.5, -0.1]) and mean == pytest.approx(0.4 / 3) and error == pytest.approx(0.7767 / 3**0.5, abs=1e-4)
     assert {row["verdict"] for row in verdicts(result | {"cells": [cell for cell in result["cells"] if cell["seed"] == 0]})} == {""}
+    flipped = result | {"grid": grid | {"metric": "t2i_r10"}}
+    assert {row["difference"] for row in verdicts(flipped)} == {0} and "t2i_r10 in points" in text(flipped)
     page = text(result)
     assert page.index("| loses |") < page.index("| ties |") < page.index("| full | 3 |")
     plots(result, tmp_path)
