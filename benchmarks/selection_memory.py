@@ -37,10 +37,10 @@ class Run:
             config.engine.precision != "fp32"
             or config.teachers
             or config.init_from
-            or config.scoring.precision not in (None, "fp32")
+            or config.scoring.precision == "fp16"
             or config.data.skip
         ):
-            raise ConfigError("memory: true: needs engine.precision and scoring.precision fp32, no teachers, init_from or data.skip")
+            raise ConfigError("memory: true: needs engine.precision fp32, scoring.precision fp32 or bf16, no teachers, init_from or data.skip")
         self.config, self.folder, self.comm = config, Path(config.out), LocalComm()
         torch.set_num_threads(config.engine.threads or 1)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,10 +104,11 @@ class Run:
 
     @torch.no_grad()
     def features(self, batch: Batch, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """The scoring pass, and what evaluation embeds with; float32, whatever `dtype`."""
+        """The scoring pass, with autocast to `dtype`, and what evaluation embeds with."""
         self.task.eval()
         try:
-            return self.task(batch, "features")
+            with torch.autocast("cpu", dtype or torch.float32, enabled=dtype not in (None, torch.float32)):
+                return self.task(batch, "features")
         finally:
             self.task.train()
 

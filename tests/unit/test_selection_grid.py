@@ -81,7 +81,7 @@ def test_a_matched_cell_keeps_its_first_visits_and_no_other_settings(tmp_path: P
 @pytest.mark.parametrize(
     "override",
     [
-        "scoring.precision=bf16",
+        "scoring.precision=fp16",
         "data.skip={lookahead: 8}",
         "init_from={run: elsewhere, towers: {student: student}}",
     ],
@@ -108,7 +108,7 @@ def test_what_changes_from_visit_to_visit_is_not_decoded_once(icons_small: Path,
         run(load(RunConfig, DEBUG, ["engine.precision=fp32", f"out={tmp_path / 'run'}", *data]))
 
 
-@pytest.mark.parametrize("options", [["scoring.every=2"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]])
+@pytest.mark.parametrize("options", [["scoring.every=2", "scoring.precision=bf16"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]])
 def test_the_grid_in_memory_gives_what_a_run_gives(options: list[str], icons_small: Path, tmp_path: Path) -> None:
     _, path, *given = arguments(icons_small, tmp_path / "run", "visits=3", *options)
     trainer, home = build(load(RunConfig, path, given))
