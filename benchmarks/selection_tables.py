@@ -1,7 +1,12 @@
-"""The grid of benchmarks/selection.py as text and as plots."""
+"""The grid of benchmarks/selection.py as text and as plots.
 
+python -m benchmarks.selection_tables benchmarks/results/selection_*.json      (one table of all their sets, as docs/evidence.md opens with)
+"""
+
+import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,6 +92,24 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def overview(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each set and rate of all results, a column for each selector, the best in bold; where ours loses most first."""
+    columns = list(dict.fromkeys(cell["selector"] for result in results for cell in result["cells"]))
+    rows = []
+    for result in results:
+        found, metric, told = groups(result["cells"]), result["grid"]["metric"], verdicts(result)
+        for name, rate in dict.fromkeys(key[:2] for key in found):
+            means = {s: mean_spread(c[metric] for c in cells.values())[0] for (n, r, s), cells in found.items() if (n, r) == (name, rate)}
+            values = {s: _cell(found[name, rate, s], metric) for s in means}
+            values[max(means, key=means.__getitem__)] = f"**{values[max(means, key=means.__getitem__)]}**"
+            here = [row for row in told if (row["set"], row["rate"]) == (name, rate)]
+            which = [[row["other"] for row in here if row["verdict"] == verdict] for verdict in ("loses", "ties")]
+            row = [name, f"{rate:g}", metric, *(values.get(s, "") for s in columns), *(", ".join(others) or "none" for others in which)]
+            rows.append((-len(which[0]), -len(which[1]), name, "| " + " | ".join(row) + " |"))
+    head = ["set", "rate", "metric %", *columns, "ours loses to", "ties with"]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line for *_, line in sorted(rows))])
+
+
 def _cell(seeds: dict[int, dict], key: str) -> str:
     mean, spread, count = mean_spread(cell.get(key) for cell in seeds.values())
     digits = DIGITS.get(key, 1)
@@ -132,3 +155,7 @@ def _point(axis: Any, seeds: dict[int, dict], x: str, y: str, label: str, number
         marker: Callable[[int], str] = "osD^vP*X<>hp".__getitem__
         error = spread / math.sqrt(count) if count > 1 else None
         axis.errorbar(across, up, yerr=error, fmt=marker(number % 12), markersize=6, capsize=2, label=label)
+
+
+if __name__ == "__main__":
+    print(overview([json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]))

@@ -10,7 +10,7 @@ import webdataset as wds
 
 from benchmarks.selection import Cell, Grid, cells, finished, in_processes, matched
 from benchmarks.selection_memory import run
-from benchmarks.selection_tables import groups, paired, plots, text, verdicts
+from benchmarks.selection_tables import groups, overview, paired, plots, text, verdicts
 from pipeline.config import ConfigError, dump, load, parse
 from pipeline.run import RunConfig, build
 from tests.runs import DEBUG, arguments, selection_log
@@ -108,7 +108,9 @@ def test_what_changes_from_visit_to_visit_is_not_decoded_once(icons_small: Path,
         run(load(RunConfig, DEBUG, ["engine.precision=fp32", f"out={tmp_path / 'run'}", *data]))
 
 
-@pytest.mark.parametrize("options", [["scoring.every=2", "scoring.precision=bf16"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]])
+@pytest.mark.parametrize(
+    "options", [["scoring.every=2", "scoring.precision=bf16"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]]
+)
 def test_the_grid_in_memory_gives_what_a_run_gives(options: list[str], icons_small: Path, tmp_path: Path) -> None:
     _, path, *given = arguments(icons_small, tmp_path / "run", "visits=3", *options)
     trainer, home = build(load(RunConfig, path, given))
@@ -167,6 +169,7 @@ def test_losses_come_first_then_ties_and_everything_is_paired_by_seed(tmp_path: 
     assert {row["difference"] for row in verdicts(flipped)} == {0} and "t2i_r10 in points" in text(flipped)
     page = text(result)
     assert page.index("| loses |") < page.index("| ties |") < page.index("| full | 3 |")
+    assert "| a | 0.5 | top1 | **9.0 ± 0.1** | 6.0 ± 1.0 | 6.2 ± 0.3 | 6.5 ± 0.1 | full | close, random |" in overview([result])
     plots(result, tmp_path)
     assert (tmp_path / "selection_a.svg").stat().st_size > 5000
 
