@@ -109,12 +109,14 @@ class Child:
 
 
 def kill_at(steps: int, run: Path, *ranks: Child) -> None:
-    """SIGKILL to every rank of a run once that many of its steps are logged, those of earlier starts too."""
-    metrics = run / "metrics.jsonl"
+    """SIGKILL to every rank of a run once that many of its steps are logged, those of earlier starts too, and there is a checkpoint.
+
+    The ranks are started with HOLD=steps: none can come to its end before, nor see another one die, and a slow disk has time to save.
+    """
 
     def reached() -> bool:
-        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""  # a line may be half written
-        return any(child.poll() is not None for child in ranks) or sum('"loss"' in line for line in whole.splitlines()) >= steps
+        there = any(run.glob("checkpoints/*/COMMIT")) and len(losses(run)) >= steps
+        return there or any(child.poll() is not None for child in ranks)
 
     wait_for(reached, f"{steps} steps", every=0.002)
     assert all(child.kill(signal.SIGKILL) for child in ranks), ranks[0].output()
@@ -138,7 +140,11 @@ class Launcher:
         return json.loads(self._server.stdout.readline())
 
     def start(self, command: Sequence[str], **environment: str) -> Child:
-        """Starts `python -m pipeline COMMAND`, or `python -m MODULE ...` where the first word has a dot."""
+        """Starts `python -m pipeline COMMAND`, or `python -m MODULE ...` where the first word has a dot.
+
+        HOLD=N among the variables: training stands still once step N is recorded, until a signal comes. So a test that does something
+        after so many steps, and is late on a busy machine, finds the run there and not at its end.
+        """
         self._count += 1
         log = self.logs / f"{self._count:04d}.log"
         log.touch()
@@ -174,8 +180,8 @@ def put_back() -> Iterator[None]:
 
 
 def losses(folder: Path) -> list[tuple]:
-    """(step, loss, gradient norm) of every line of metrics.jsonl that is a training step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """(step, loss, gradient norm) of every whole line of metrics.jsonl that is a training step: the last one may just be being written."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
@@ -258,10 +264,31 @@ def _become(message: dict[str, Any]) -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    if "HOLD" in message["environment"]:
+        _hold(int(message["environment"]["HOLD"]))
     module, *rest = message["run"] if "." in message["run"][0] else ["pipeline", *message["run"]]
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)  # ends in sys.exit
     sys.exit(0)
+
+
+def _hold(last: int) -> None:
+    """In this process: see Launcher.start."""
+    from pipeline.distributed.stop import Inbox
+    from pipeline.record.metrics import Record
+
+    event, remember, heard = Record.event, Inbox.remember, []
+
+    def held(record: Any, values: dict[str, Any]) -> None:
+        event(record, values)
+        while values["step"] >= last and not heard:
+            time.sleep(0.01)
+
+    def hearing(inbox: Any, number: int, frame: Any) -> None:
+        heard.append(number)
+        remember(inbox, number, frame)
+
+    Record.event, Inbox.remember = held, hearing
 
 
 if __name__ == "__main__":

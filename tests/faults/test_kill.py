@@ -28,9 +28,9 @@ def was_saving(run: Path) -> bool:
     return len(whole) < len(folders) or len(whole) > 2 or any(run.glob("selection/*.part"))
 
 
-def kill_at(child: Child, run: Path, chance: random.Random) -> bool:
-    """Kills a training process at a moment drawn by `chance`: while it starts, so many steps later, or while it saves."""
-    kind = chance.choice(["start", "step", "save", "save"])
+def kill_at(child: Child, run: Path, chance: random.Random, kind: str) -> bool:
+    """Kills a training process at a moment drawn by `chance`: while it starts, so many steps later, or while it saves. False where it
+    came to its end before."""
     began, saved = steps_done(run), commits(run)
     if kind == "start":
         time.sleep(chance.uniform(0, 0.6))
@@ -42,17 +42,21 @@ def kill_at(child: Child, run: Path, chance: random.Random) -> bool:
         unsaved = lambda: [f for f in (run / "checkpoints").glob("step-*") if not (f / "COMMIT").is_file()]  # noqa: E731
         wait_for(lambda: child.poll() is not None or (commits(run) != saved and unsaved()), "a save", every=0.0005)
         time.sleep(chance.uniform(0, 0.004))
-    killed = child.kill(signal.SIGKILL)
-    assert child.wait() == (-signal.SIGKILL if killed else 0), child.output()
-    return killed
+    child.kill(signal.SIGKILL)
+    code = child.wait()
+    assert code in (0, -signal.SIGKILL), child.output()
+    return code != 0
 
 
 def killed_run(launcher: Launcher, command: list[str], run: Path, kills: int, seed: int) -> dict[str, int]:
-    """Trains with so many kills on the way, then to the end; counts what was hit, and how often there was a checkpoint to go on from."""
+    """Trains with so many kills on the way, then to the end; counts what was hit, and how often there was a checkpoint to go on from.
+
+    The first kill comes while it saves for the second time at least: on a slow machine, too, there is something to go on from.
+    """
     chance, hit = random.Random(seed), {"kills": 0, "saving": 0, "resumed": 0}
-    for _ in range(kills):
+    for number in range(kills):
         child = launcher.start(command)
-        if not kill_at(child, run, chance):
+        if not kill_at(child, run, chance, chance.choice(["start", "step", "save", "save"]) if number else "save"):
             break
         hit["kills"] += 1
         hit["saving"] += was_saving(run)
@@ -112,13 +116,12 @@ def test_a_signal_to_stop_saves_the_step_and_the_same_command_goes_on(
     run, done = tmp_path / "run", 0
     command = arguments(icons_small, run, *SAVES, "data.workers=1", "checkpoint.every=1000")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        child = launcher.start(command)
-        wait_for(lambda child=child, done=done: child.poll() is not None or steps_done(run) >= done + 3, "three steps", every=0.001)
+        done += 3
+        child = launcher.start(command, HOLD=str(done))
+        wait_for(lambda child=child, done=done: child.poll() is not None or steps_done(run) == done, "three steps", every=0.001)
         assert child.kill(number)
         said = child.finish()  # exit code 0
-        assert done + 3 <= steps_done(run) < 37
-        done = steps_done(run)
-        assert last_checkpoint(run).name == f"step-{done:08d}"
+        assert steps_done(run) == done and last_checkpoint(run).name == f"step-{done:08d}"
         assert f"stopped by {number.name} at step {done} of 37, saved; the same command goes on" in said
     launcher.run(command)
     assert_same_end(run, uninterrupted)
@@ -156,7 +159,8 @@ def test_a_second_interrupt_does_not_wait(launcher: Launcher, icons_small: Path,
     child = launcher.start(arguments(icons_small, run, "visits=100000", "stop.every=1000000"))  # it would not be asked for hours
     wait_for(lambda: child.poll() is not None or steps_done(run) >= 2, "two steps")
     child.kill(signal.SIGINT)
-    time.sleep(0.2)
+    seen = steps_done(run)
+    wait_for(lambda: child.poll() is not None or steps_done(run) >= seen + 3, "steps after the first one")  # by then it was heard
     assert child.poll() is None
     child.kill(signal.SIGINT)
     assert child.wait() != 0 and "KeyboardInterrupt" in child.output()

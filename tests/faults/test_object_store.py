@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -131,11 +132,10 @@ def test_storage_that_always_cuts_ends_with_an_error(proxied: tuple[str, Proxy],
     index = Index.open(url, tmp_path)
     proxy.cuts = 10**6
     proxy.cut_after = 0
-    started = time.monotonic()
     cache = ShardCache(str(tmp_path / "cache"), int(index.shard_bytes.sum()), attempts=2, backoff_s=0.05)
     with pytest.raises(DataError, match=r"s3://shards/set/000001\.tar: 2 attempts failed, the last with"):
         cache.path(index.shards[1], int(index.shard_bytes[1]))
-    assert time.monotonic() - started < 20
+    assert proxy.cut <= 8  # four requests of the driver's for each attempt of ours
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
@@ -159,21 +159,37 @@ def test_dead_endpoint_ends_with_a_clear_error(
     with pytest.raises(DataError, match=r"s3://shards/set/x\.tar: 2 attempts failed, the last with .*\. Check that the storage answers"):
         cache.path("s3://shards/set/x.tar", 1000)
     took = time.monotonic() - started
-    assert took < (5 if kind == "refused" else 10), f"{took:.1f} s"
-    if kind == "refused":  # a run that cannot start is told from one that is wrong: it may be started again
+    if kind == "silent":
+        assert connections_to(listener) == 4  # two of the driver's for each attempt of ours; its own settings make more than fifty
+        assert took < 4 * 15 / 2, f"{took:.1f} s"  # half of what the project's timeout would take
+    else:
+        assert took < 15, f"{took:.1f} s"  # 1 s here, and 20 of waiting with the driver's own settings
+        # a run that cannot start is told from one that is wrong: it may be started again
         options = ["data.sources.0.url=s3://shards/set", f"out={tmp_path / 'run'}"]
         assert train(["train", "configs/pretrain/debug.yaml", *options]) == os.EX_TEMPFAIL
         assert "shards/set/index.parquet: 4 attempts failed" in capfd.readouterr().err
-        assert time.monotonic() - started < 20
     listener.close()
 
 
-def test_errors_that_asking_again_cannot_mend(moto_s3: str, tmp_path: Path) -> None:
-    started = time.monotonic()
+def connections_to(listener: socket.socket) -> int:
+    """How many wait to be taken."""
+    listener.setblocking(False)
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            found.append(listener.accept()[0])
+    for one in found:
+        one.close()
+    return len(found)
+
+
+def test_errors_that_asking_again_cannot_mend(moto_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # between two attempts there is always one
     with pytest.raises(DataError, match="no such file"):
         Index.open(f"{moto_s3}/nowhere", str(tmp_path))
     with pytest.raises(DataError, match=r"x\.tar: no such shard"):
         ShardCache(str(tmp_path), 10**9).path(f"{moto_s3}/nowhere/x.tar", 10)
     with pytest.raises(DataError, match=r"Protocol not known|knows"):
         Index.open("nosuch://bucket/x", str(tmp_path))
-    assert time.monotonic() - started < 5
+    assert not waits

@@ -198,9 +198,16 @@ def test_a_store_that_goes_away_in_the_middle_of_an_upload(door: Door, moto_s3: 
     listed = checkpoint_in(run, 10, size=20_000)[0] | {}
     folder, up = checkpoint.folder_of(run, 10), uploads(url, seconds=60)
     door.shut_after = 400_000
-    back = threading.Timer(4.0, door.open)
+
+    def mend() -> None:
+        wait_for(lambda: not door.is_open, "the middle of the upload")
+        time.sleep(3)
+        door.open()
+
+    back = threading.Thread(target=mend)
     back.start()
     up.send(folder, listed, 0, 1)
+    back.join(1)
     assert not back.is_alive(), "the store was not away: the test shows nothing"
     assert up.commit(folder) == listed
     said = capfd.readouterr().out

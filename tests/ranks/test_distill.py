@@ -59,7 +59,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(launcher: Launcher, digits:
     run = tmp_path / "run"
     given = command(made(digits, colour, run))
     for steps in (5, 10):
-        kill_at(steps, run, launcher.start(given))
+        kill_at(steps, run, launcher.start(given, HOLD=str(steps)))
     launcher.run(given)
     assert_same_end(run, alone)
     assert (last_checkpoint(run) / FILE).read_bytes() == (last_checkpoint(alone) / FILE).read_bytes()
@@ -70,7 +70,7 @@ def test_a_killed_run_of_two_ranks_in_stage_2_resumes_bit_for_bit(launcher: Laun
     for name, kills in (("whole", ()), ("killed", (5, 9))):
         given = command(made(digits, colour, tmp_path / name, zero={"stage": 2}))
         for steps in kills:
-            kill_at(steps, tmp_path / "killed", *launcher.ranks(2, given, free_port()))
+            kill_at(steps, tmp_path / "killed", *launcher.ranks(2, given, free_port(), HOLD=str(steps)))
         for child in launcher.ranks(2, given, free_port()):
             child.finish()
     assert_same_end(tmp_path / "killed", tmp_path / "whole")

@@ -36,12 +36,12 @@ def command(config: str, clips: Path, out: Path, *overrides: str) -> list[str]:
 def test_amid_with_a_video_student_resumes_bit_for_bit(launcher: Launcher, clips: Path, tmp_path: Path) -> None:
     runs = {name: command("distill/clips_amid.yaml", clips, tmp_path / name, "steps=10", "checkpoint.every=3") for name in ("whole", "cut")}
     launcher.run(runs["whole"])
-    child = launcher.start(runs["cut"])
+    child = launcher.start(runs["cut"], HOLD="5")
     commit = tmp_path / "cut" / "checkpoints" / "step-00000003" / "COMMIT"
     wait_for(lambda: child.poll() is not None or commit.is_file(), "the first checkpoint")
     assert child.kill(signal.SIGKILL)
     child.wait()
-    assert len(losses(tmp_path / "cut")) < 10
+    assert len(losses(tmp_path / "cut")) <= 5
     launcher.run(runs["cut"])
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     page = tmp_path / "page.html"

@@ -24,10 +24,10 @@ ZERO = {
 ELASTIC = ("data.groups=4", "steps=170", "checkpoint.every=5")
 
 
-def start_cells(launcher: Launcher, size: int, out: Path, data: Path, cells: dict[str, list[str]]) -> list:
+def start_cells(launcher: Launcher, size: int, out: Path, data: Path, cells: dict[str, list[str]], **environment: str) -> list:
     """The ranks of one launch that trains all cells."""
     command = ["tests.ranks.cells", str(out), str(data), json.dumps(cells)]
-    return launcher.ranks(size, command, free_port()) if size > 1 else [launcher.start(command)]
+    return launcher.ranks(size, command, free_port(), **environment) if size > 1 else [launcher.start(command, **environment)]
 
 
 def run_cells(launcher: Launcher, size: int, out: Path, data: Path, cells: dict[str, list[str]]) -> dict[str, dict]:
@@ -143,7 +143,7 @@ def test_memory_of_the_optimizer_falls_as_one_over_ranks(
 
 def kill_after(launcher: Launcher, size: int, out: Path, data: Path, cell: list[str], steps: int) -> int:
     """Starts a run, kills every rank with SIGKILL after so many steps of the whole run; gives the step of the newest checkpoint."""
-    kill_at(steps, out / "run", *start_cells(launcher, size, out, data, {"run": cell}))
+    kill_at(steps, out / "run", *start_cells(launcher, size, out, data, {"run": cell}, HOLD=str(steps)))
     return checkpoint.newest(out / "run")[1]["step"]
 
 

@@ -185,7 +185,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(launcher: Launcher, shards:
     launcher.run(command(tiny(shards, tmp_path / "whole", *changes)))
     given = command(tiny(shards, tmp_path / "killed", *changes))
     for steps in (6, 11):
-        kill_at(steps, tmp_path / "killed", launcher.start(given))
+        kill_at(steps, tmp_path / "killed", launcher.start(given, HOLD=str(steps)))
     launcher.run(given)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
     assert int(load_file(last_checkpoint(tmp_path / "killed") / "model.safetensors")["objectives.cromss.step"]) == 18
