@@ -22,6 +22,7 @@ from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.storage import join, read_parquet
+from pipeline.distributed.checkpoint import write_durably
 from pipeline.evaluation.recognition import linear_probe
 from pipeline.evaluation.retrieval import examples, retrieval
 from pipeline.evaluation.selection_quality import read_log, selection_quality
@@ -241,4 +242,4 @@ class Periodic:
             self.engine.save_weights(best / "model.safetensors.part")
             if first:
                 (best / "model.safetensors.part").replace(best / "model.safetensors")
-                (best / "best.json").write_text(json.dumps({"step": step} | figures), encoding="utf-8")
+                write_durably(best / "best.json", json.dumps({"step": step} | figures))  # half of it would end every later start

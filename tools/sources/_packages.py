@@ -45,7 +45,9 @@ def _kept(name: str, licence: str, megabytes: int, fetch: Callable[[Path], Path]
     place = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache.parent))
     try:
         print(f"{name}: fetching {megabytes} MB into {cache} (licence {licence})", flush=True)
-        fetch(place).replace(cache)
+        found = fetch(place)
+        if not cache.exists():  # another process was faster
+            found.replace(cache)
     finally:
         shutil.rmtree(place)
     return cache
