@@ -92,15 +92,12 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it. Of several ranks the first does it alone."""
+    """Writes result.json of the run (or evaluation/<name>.json for other data) and prints it."""
     from pipeline.data.sources import Sources
-    from pipeline.distributed.launch import leads
     from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure, own_measure, write_result
     from pipeline.run import TrainedRun
     from pipeline.selection.warmup import visits_of
 
-    if not leads():
-        return 0
     began = time.perf_counter()
     run = TrainedRun(args.run, args.checkpoint)
     given = {key: value for key in ("data", "classes", "templates") if (value := getattr(args, key))}
@@ -197,9 +194,16 @@ def curate(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; what a user can mend is one message and exit code 2, not a traceback; storage that does not answer is 75."""
+    """Runs a command; what a user can mend is one message and exit code 2, not a traceback; storage that does not answer is 75.
+
+    Of several ranks all train, and guide, which trains; the first alone does the rest.
+    """
     args = parser().parse_args(arguments)
     try:
+        from pipeline.distributed.comm import leads
+
+        if args.command not in ("train", "guide") and not leads():
+            return 0
         return {"train": train, "evaluate": evaluate, "guide": guide, "report": report, "curate": curate}[args.command](args)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("pipeline", "tools"):

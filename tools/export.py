@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config import ConfigError
 from pipeline.data.errors import DataError
 from pipeline.distributed.checkpoint import CheckpointError
-from pipeline.distributed.launch import leads
+from pipeline.distributed.comm import leads
 from pipeline.run import TrainedRun
 from pipeline.task import MAIN
 from pipeline.towers import open_clip as tower

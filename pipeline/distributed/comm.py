@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 COUNTS_BYTES = 4096
+
+
+def leads(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one: what needs one process is its work."""
+    return environ.get("RANK", "0") == "0"
 
 
 class Comm(Protocol):

@@ -26,11 +26,6 @@ def check_launch(environ: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def leads(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one: what needs one process is its work."""
-    return environ.get("RANK", "0") == "0"
-
-
 def check_accelerate(config: EngineConfig, environ: Mapping[str, str] = os.environ) -> None:
     """The run's YAML is the record: what an accelerate config file or the environment says differently is a ConfigError with both values."""
     yours = config.zero

@@ -8,8 +8,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from pipeline.config import ConfigError
+from pipeline.distributed.comm import leads
 from pipeline.distributed.engine import EngineConfig
-from pipeline.distributed.launch import check_accelerate, check_launch, leads, start
+from pipeline.distributed.launch import check_accelerate, check_launch, start
 from tests.runs import ROOT
 
 # every file of configs/accelerate, and the engine.zero that it is for
@@ -105,4 +106,5 @@ def test_of_several_ranks_the_first_does_what_needs_one_process(tmp_path: Path, 
     missing = str(tmp_path / "no run")
     for rank, status in (("0", 2), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        assert main(["evaluate", missing]) == export([missing, str(tmp_path / "out")]) == status
+        out = str(tmp_path / "out")
+        assert main(["evaluate", missing]) == main(["report", missing]) == main(["curate", missing, out]) == export([missing, out]) == status
