@@ -52,6 +52,8 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sc
 ReturnToService=2
 KillWait=5
 SlurmdTimeout=10
+# on a busy machine an answer may take longer than the 10 seconds by default
+MessageTimeout=30
 MinJobAge=7200
 # a second cluster must not hand out the job ids of the first: results are found by id
 FirstJobId={first}
@@ -141,7 +143,7 @@ class Cluster:
         subprocess.run(["slurmctld", "-c"], check=True, timeout=60)
         for node in self.nodes:
             self.boot(node)
-        wait_for(lambda: self.idle() == len(self.nodes), f"idle nodes; see {log}", 60, 0.1)
+        wait_for(lambda: self.idle() == len(self.nodes), f"idle nodes; see {log}", every=0.1)
 
     def boot(self, node: str) -> None:
         """Starts a node, or starts it again after `crash`."""
@@ -199,7 +201,7 @@ class Cluster:
     def clear(self) -> None:
         """Cancels every job and waits until the nodes are free."""
         self.ask("scancel", "--user", "root", check=False)
-        wait_for(lambda: not self.ask("squeue", "-h", "-o", "%i", check=False), "an empty queue", 60, 0.1)
+        wait_for(lambda: not self.ask("squeue", "-h", "-o", "%i", check=False), "an empty queue", every=0.1)
 
     def stop(self) -> None:
         """Ends the jobs, then the daemons, then whatever is left in the nodes' namespaces."""

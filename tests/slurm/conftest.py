@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import read_yaml
 from slurm.queue import ACTIVE
-from tests.runs import DEBUG, ROOT, Launcher, free_environment, free_port, losses, wait_for
+from tests.runs import DEBUG, PATIENCE, ROOT, Launcher, free_environment, free_port, losses, wait_for
 from tests.slurm.cluster import Cluster, install
 
 FILE = ROOT / "configs" / "cluster" / "cpu.yaml"
@@ -77,9 +77,9 @@ def follow(first: Path, path: Path) -> Path:
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`python -m MODULE ...` in the repository, within two minutes."""
+    """`python -m MODULE ...` in the repository."""
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=free_environment(), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, env=free_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def status(folder: Path) -> dict:
@@ -98,8 +98,11 @@ def reached(folder: Path, step: int) -> bool:
 
 
 def settled(cluster: Cluster, job: str) -> str:
-    """Waits until Slurm has finished with a job; its state. An empty answer is none: on a busy machine a question may time out."""
-    return wait_for(lambda: (state := cluster.state(job)) not in ("", *ACTIVE) and state, f"the end of job {job}", every=0.2)
+    """Waits until Slurm has finished with a job; its state. An empty answer is none: on a busy machine a question may time out.
+
+    Longer than for one process: a job may start several times, and waits in between.
+    """
+    return wait_for(lambda: (state := cluster.state(job)) not in ("", *ACTIVE) and state, f"the end of job {job}", 3 * PATIENCE, 0.2)
 
 
 @pytest.fixture

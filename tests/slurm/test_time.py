@@ -62,7 +62,8 @@ def test_a_time_limit_that_leaves_no_time_to_save_loses_what_was_not_committed(
     launch(*endless)
     wait_for(lambda: reached(folder, step + 2), "more steps", every=0.1)
     assert [event["step"] for event in notes(folder) if event["event"] == "start"] == [0, kept]
-    assert [line[0] for line in losses(folder)] == list(range(1, losses(folder)[-1][0] + 1)), "no step is there twice"
+    steps = [line[0] for line in losses(folder)]
+    assert steps == list(range(1, len(steps) + 1)), "no step is there twice"
     say(f"time limit without time to save: killed at step {step} in the save of {[path.name for path in left]}, resumed at {kept}")
 
 
@@ -76,13 +77,14 @@ def test_ranks_whose_clocks_differ_train_stop_and_resume_all_the_same(
     prolog.chmod(0o755)
     folder = tmp_path / "run"
     job = launch(*SHORT, "checkpoint.every=100000", "watchdog.timeout=30", "--resource", f"srun=[--task-prolog={prolog}]")
-    wait_for(lambda: reached(folder, 50), "step 50")
+    wait_for(lambda: reached(folder, 10), "step 10")  # there is something to do before it ends
     for rank, node in enumerate(cluster.nodes[:2]):
         (process,) = cluster.ranks(node)
         assert f"FAKETIME={skew[rank]:+d}s" in Path(f"/proc/{process}/environ").read_text().split("\0")
         assert faketime() in Path(f"/proc/{process}/maps").read_text()
     assert notes(folder)[0]["time"] - os.stat(folder / "launch.json").st_mtime == pytest.approx(skew[0], abs=600)
-    assert 0 < status(folder)["eta_seconds"] < 600 and status(folder)["state"] == "running"
+    told = status(folder)
+    assert 0 < told["eta_seconds"] < 3600 and told["state"] == "running"
     step, began = losses(folder)[-1][0], time.monotonic()
     cluster.ask("scancel", "--signal=USR2", job)
     wait_for(lambda: len([e for e in notes(folder) if e["event"] == "start"]) == 2, "the second start", every=0.1)
