@@ -1,11 +1,12 @@
 """This loader beside webdataset, litdata and mosaicml-streaming, and beside itself with skip before decode.
 
-    python -m benchmarks.loader [--data data/icons-large] [--repeats 3] [--mosaic VENV/bin/python] [--json FILE]
+    python -m benchmarks.loader [--data data/icons-large] [--repeats 3] [--storage local s3] [--mosaic VENV/bin/python] [--json FILE]
 
-Images a second of a whole pass and after its first batch, seconds to the first batch cold and after a resume, memory; with 0 and 2 workers,
-from local disk and from an S3 server on loopback (moto). All read the same samples, stored each its own way, in one order of shards, and decode and collate them alike. Each
-measurement is a fresh process; the loaders take turns, and what is printed are medians. On a busy machine look at images per CPU
-second. litdata is in the extra `bench`; mosaicml-streaming needs numpy < 2.2 and transformers < 5, so an environment of its own:
+Images a second of a whole pass and after its first batch, seconds to the first batch cold and after a resume, memory; with 0 and 2
+workers, from local disk and from an S3 server on loopback (moto). All read the same samples, stored each its own way, in one order of
+shards, and decode and collate them alike. Each measurement is a fresh process; the loaders take turns, and what is printed are medians.
+On a busy machine look at images per CPU second. litdata is in the extra `bench`; mosaicml-streaming needs numpy < 2.2 and
+transformers < 5, so an environment of its own:
 
     python -m venv VENV && VENV/bin/pip install torch==... torchvision==... pyarrow pydantic tokenizers webdataset mosaicml-streaming
 """
@@ -120,18 +121,18 @@ def _mean_bytes(items: list[dict[str, bytes]], shards: int) -> int:
     return 32 * len(items) // shards + sum(len(value) for item in items for value in item.values()) * 101 // 100 // shards
 
 
-def cells(work: Path, names: list[str], count: int, shards: list[Path], size: int, endpoint: str) -> list[dict[str, Any]]:
+def cells(work: Path, names: list[str], count: int, shards: list[Path], args: argparse.Namespace, endpoint: str) -> list[dict[str, Any]]:
     """What is measured once in every round, loaders in turn."""
     folders = {"ours": "ours", SKIPPED: "ours", "webdataset": "ours", "litdata": "litdata", "mosaicml-streaming": "mosaic"}
     common = {
         "samples": count,
         "shard_size": count // len(shards),
-        "size": size,
+        "size": args.size,
         "tokenizer": str(work / "tokenizer.json"),
         "cache": str(work),
     }
     made = []
-    for storage in ("local", "s3"):
+    for storage in args.storage:
         for workers in (0, 2):
             for name in names:
                 place = str(work / "data" / folders[name]) if storage == "local" else f"s3://shards/{folders[name]}"
@@ -190,7 +191,7 @@ def compare(work: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = {"samples": len(items), "shards": len(shards), "size": args.size, "batch": BATCH, "window_shards": WINDOW}
     facts = {"benchmark": "loader", "machine": machine(["webdataset", "litdata", "pillow", "moto"]), "settings": settings}
     with object_store(data) as environment:
-        wanted = cells(work, names, len(items), shards, args.size, environment["AWS_ENDPOINT_URL"])
+        wanted = cells(work, names, len(items), shards, args, environment["AWS_ENDPOINT_URL"])
         found: list[list[dict[str, Any]]] = [[] for _ in wanted]
         for turn in range(args.repeats):
             for cell, rounds in zip(wanted, found):
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["webdataset", "litdata"], choices=["webdataset", "litdata"])
+    parser.add_argument("--storage", nargs="+", default=["local", "s3"], choices=["local", "s3"])
     parser.add_argument("--mosaic", help="the python of an environment that has mosaicml-streaming; left out without it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """From the ids of a batch's rows to the batch: what a loader worker does."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from pipeline.hashing import hash_ids
 from pipeline.types import Batch
 
 _LABELS = 0x6C6162656C  # keeps the draw of labels apart from that of the augmentation
+_READ_TOGETHER = 32  # samples; their bytes are in memory at a time
 
 
 def labels_shown(seed: int, share: float, samples: np.ndarray) -> np.ndarray:
@@ -72,12 +73,12 @@ class Fetch(Dataset):
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         valid, bad = np.ones(len(rows.sample), bool), []
         seeds = hash_ids(self.seed, rows.sample, rows.visit).tolist() if self.seed is not None else [None] * len(rows.sample)
-        for i, (sample, seed) in enumerate(zip(rows.sample.tolist(), seeds)):
+        for i, (found, seed) in enumerate(zip(self._read(rows.sample.tolist()), seeds)):
             try:
-                decoded = self._decode(sample, seed)
+                decoded = self._decode(found, seed)
             except BadSample as error:
                 decoded, valid[i] = dict.fromkeys(self.decoders), False
-                bad.append((sample, error.cause))
+                bad.append((int(rows.sample[i]), error.cause))
             for name, item in decoded.items():
                 items[name].append(item)
         fields: dict[str, Tensor] = {name: decoder.collate(items[name]) for name, decoder in self.decoders.items()}
@@ -94,8 +95,21 @@ class Fetch(Dataset):
         columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
         return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad), skipped=rows.skipped)
 
-    def _decode(self, sample: int, seed: int | None) -> dict[str, Any]:
-        members = self.sources.members(sample)
+    def _read(self, samples: list[int]) -> Iterator[dict[str, bytes] | BadSample]:
+        """The members of each sample, or why it has none, a few samples ahead: between two decodings a read finds the caches of the
+        processor taken, and costs 20 us instead of 8."""
+        for first in range(0, len(samples), _READ_TOGETHER):
+            found: list[dict[str, bytes] | BadSample] = []
+            for sample in samples[first : first + _READ_TOGETHER]:
+                try:
+                    found.append(self.sources.members(sample))
+                except BadSample as error:
+                    found.append(error)
+            yield from found
+
+    def _decode(self, members: dict[str, bytes] | BadSample, seed: int | None) -> dict[str, Any]:
+        if isinstance(members, BadSample):
+            raise members
         out = {}
         for name, decoder in self.decoders.items():
             member = next((m for m in self.members[name] if m in members), None)
