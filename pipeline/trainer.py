@@ -113,6 +113,9 @@ class Trainer:
             self.record.flops = self.scoring.cost(batch)
             if self.engine.comm.rank == 0:
                 print(self.scoring.describe(self.record.flops), flush=True)
+        agreement = self.scoring.agreement(batch, self.progress.step)
+        if agreement is not None and self.engine.comm.rank == 0:
+            print(f"scoring: rank correlation with scores of whole images {agreement:.2f}; near 0 the choice is by chance", flush=True)
         return self.scoring.choose(batch, self.progress.step)
 
     def advance(self, batch: Batch, choice: Choice) -> None:

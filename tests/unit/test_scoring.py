@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from benchmarks.loops import PublishedLoop
@@ -265,6 +266,19 @@ def test_the_cost_model_is_printed_at_the_first_step(start, capsys: pytest.Captu
     step, share = float(said.split("a step is ")[1].split()[0]), float(said.split("(scoring ")[1].split()[0])
     assert share == pytest.approx(forward / 6, abs=0.011) and step == pytest.approx(share + 0.5, abs=0.011)
     assert f"in warm-up {1 + forward / 3:.2f}" in said
+
+
+def test_what_a_view_knows_is_told_once_after_warm_up(start, capsys: pytest.CaptureFixture) -> None:
+    trainer = start(VIT, "scoring.image_size=16", "scoring.micro_batch=9", "selector.warmup_visits=1")
+    batch, scoring = trainer.data.next(), trainer.scoring
+    views = [trainer.engine.features(view) for view in (batch, scoring.view(batch))]
+    right = spearmanr(*((found["image"] * found["text"]).sum(1) for found in views)).statistic
+    trainer.progress.step = scoring.groups.selector.warmup_steps
+    trainer.choose(batch)
+    assert f"whole images {right:.2f}" in capsys.readouterr().out and abs(right) < 0.999
+    trainer.progress.step += 1
+    trainer.choose(batch)
+    assert "rank correlation" not in capsys.readouterr().out
 
 
 def test_the_cost_model_counts_scores_that_only_the_automatic_warm_up_wants(start, capsys: pytest.CaptureFixture) -> None:
