@@ -3,8 +3,7 @@
     python -m benchmarks.selection benchmarks/grids/icons_small.yaml --json FILE [--figures DIR] [--jobs N]
     python -m benchmarks.selection GRID.yaml --json FILE --executor slurm --cluster configs/cluster/cpu.yaml
 
-A finished cell is kept: started again, the grid goes on, and a grid that has grown runs what is new.
-After the cells come the matched
+A finished cell is kept: started again, the grid goes on, and a grid that has grown runs what is new. After the cells come the matched
 ones: a selector without a scoring pass, given as many more visits as fit into the CPU seconds of another one in this very grid.
 """
 
