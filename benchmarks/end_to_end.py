@@ -37,7 +37,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "half size": ("scoring.image_size={half}",),
     "every 2": ("scoring.every=2",),
     "every 2, half size": ("scoring.every=2", "scoring.image_size={half}"),
-    "every 4, half size": ("scoring.every=4", "scoring.image_size={half}"),
+    "every 4": ("scoring.every=4",),
     "every 4, reuse": ("scoring.every=4", "scoring.reuse=true"),
 }
 
