@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.config import ConfigError, load, read_yaml
 from pipeline.data.errors import DataError
+from pipeline.data.storage import is_local, local_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,9 +80,9 @@ def read_runs(
     runs, top = {}, Path()
     for name, chosen in points(overrides, sweep).items():
         found = load(RunConfig, config, chosen)
-        if "://" in found.out:
+        if not is_local(found.out):
             raise ConfigError(f"{config}: out: {found.out}: a job's folder has to lie on a file system that all nodes see")
-        top = Path(found.out).absolute()
+        top = Path(local_path(found.out)).absolute()
         found = found.model_copy(update={"out": str(top / name)})
         check(found, world, before)
         runs[top / name] = found

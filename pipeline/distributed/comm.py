@@ -106,10 +106,11 @@ class GroupComm:
 
 
 def add_up(counts: Counter[str], comm: Comm, device: torch.device) -> Counter[str]:
-    """The counts of all ranks together, whatever their keys. Collective; 4 KB a rank, which is hundreds of keys."""
-    text = json.dumps(counts).encode()
-    if len(text) > COUNTS_BYTES:
-        raise ValueError(f"{len(counts)} counts do not fit into {COUNTS_BYTES} bytes")
+    """The counts of all ranks together, whatever their keys. Collective; 4 KB a rank, which is hundreds of keys, and the rarest beyond
+    that under "other": an error of one rank alone would leave the others waiting."""
+    kept, rest = counts.most_common(), Counter()
+    while len(text := json.dumps(Counter(dict(kept)) + rest).encode()) > COUNTS_BYTES:
+        rest["other"] += kept.pop()[1]
     mine = torch.frombuffer(bytearray(text.ljust(COUNTS_BYTES)), dtype=torch.uint8).to(device)
     return sum((Counter(json.loads(bytes(row))) for row in comm.gather(mine[None]).cpu().numpy()), Counter())
 
