@@ -47,7 +47,7 @@ class Grid(Strict):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     matched: dict[str, str] = Field(default_factory=dict, description="row: the row whose CPU seconds it is given, by visits")
     whole: list[str] = Field(default_factory=list, description="rows that train everything: one rate is enough")
-    metric: Literal["top1", "t2i_r1", "t2i_r10"] = Field("top1", description="what rows are compared by; retrieval where classes are few")
+    metric: Literal["top1", "t2i_r1", "t2i_r10"] = Field("top1", description="what rows are compared by; retrieval where most names have one image")
 
 
 class Cell(NamedTuple):
