@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.data.errors import DataError
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.comm import leads
+from pipeline.distributed.host import save_file
 from pipeline.run import TrainedRun
 from pipeline.task import MAIN
 from pipeline.towers import open_clip as tower

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.distributed.checkpoint import CheckpointError
 from pipeline.distributed.comm import Comm
-from pipeline.distributed.host import Files, Host
+from pipeline.distributed.host import Files, Host, save_file
 
 FILE = "adversaries.safetensors"
 

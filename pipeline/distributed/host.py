@@ -3,10 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 Files = dict[str, Callable[[Path], None]]  # file name -> writes that file; called once, from another thread than the one that trains
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that may be read by whom the umask lets; safetensors gives its files to their owner alone. Raises OSError,
+    SafetensorError."""
+    path.touch()  # os.umask could only be asked by changing it, for all threads
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 class Host:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.distributed import zero
 from pipeline.distributed.checkpoint import CheckpointError
-from pipeline.distributed.host import Files, Host
+from pipeline.distributed.host import Files, Host, save_file
 from pipeline.distributed.zero import Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

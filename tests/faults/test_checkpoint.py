@@ -17,6 +17,7 @@ import torch
 from pipeline.__main__ import main
 from pipeline.distributed import checkpoint
 from tests.runs import Launcher, arguments, assert_same_end, commit_again, last_checkpoint, losses, put_back, wait_for
+from tools.export import main as export
 from tools.make_shards import main as make_shards
 
 KEPT = ["step-00000010", "step-00000018"]  # of a debug run: every 10 steps and the last one, two stay
@@ -70,6 +71,13 @@ def test_a_folder_without_commit_is_passed_over_and_later_removed(run: Path, tra
     assert train()[0] == 0
     assert_same_end(run, trained)
     assert folders(run) == KEPT
+
+
+def test_whoever_the_umask_lets_reads_every_file(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    assert export([str(trained), str(tmp_path / "student.safetensors")]) == 0
+    files = [path for path in (*trained.rglob("*"), tmp_path / "student.safetensors") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "any").stat().st_mode}
 
 
 @pytest.mark.parametrize("name", FILES)
