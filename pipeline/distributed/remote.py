@@ -24,8 +24,12 @@ Listed = dict[str, dict[str, Any]]  # file name -> size, sha256, as in COMMIT
 POLL = 0.5  # seconds between rank 0's looks for what the other ranks have uploaded
 
 
-class UploadError(CheckpointError, StorageError):
-    """A checkpoint that could not be brought to the store in time; a launcher may start the same command again."""
+class UploadError(CheckpointError):
+    """A checkpoint that could not be brought to the store, for a reason that waiting does not mend; this machine has it."""
+
+
+class AwayError(UploadError, StorageError):
+    """The same because the store did not answer in time; a launcher may start the same command again."""
 
 
 def folder_of(step: int) -> str:
@@ -177,7 +181,7 @@ class Uploads:
             claim.check(self._once, self.number)  # of an attempt that was cut off, this one's or an older start's
             self._once.remove([name])
             if not self._once.put(name, path, new=True):
-                raise DataError(f"{self.store.at(name)}: somebody else writes there at this moment")
+                raise StorageError(f"{self.store.at(name)}: somebody else writes there at this moment")  # asked again
 
     def _word(self, folder: str, rank: int) -> str:
         return f"{CHECKPOINTS}/{folder}/done-{rank:05d}.{self.number:06d}"
@@ -194,8 +198,11 @@ class Uploads:
         try:
             return self.patience(action)
         except TimeoutError as error:
-            raise UploadError(
-                f"{self.store.url}: the checkpoint {folder.name} could not be uploaded within checkpoint.upload_timeout {self.patience.seconds:.0f} s "
-                f"({error}). Earlier checkpoints stay as they were, and this one is whole in {folder}: the same command on this machine "
-                f"uploads it first, when the storage answers again"
-            ) from None
+            kind, when, why = AwayError, f" within checkpoint.upload_timeout {self.patience.seconds:.0f} s", error
+        except DataError as error:
+            kind, when, why = UploadError, "", error
+        raise kind(
+            f"{self.store.url}: the checkpoint {folder.name} could not be uploaded{when} ({why}). Earlier checkpoints stay as they were, and "
+            f"this one is whole in {folder}: the same command on this machine uploads it first, when "
+            + ("the storage answers again" if kind is AwayError else "that is mended")
+        )

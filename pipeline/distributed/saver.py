@@ -18,7 +18,7 @@ from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig, CheckpointError
 from pipeline.distributed.comm import Comm
 from pipeline.distributed.host import Files, Host
-from pipeline.distributed.remote import UploadError, Uploads
+from pipeline.distributed.remote import AwayError, UploadError, Uploads
 
 T = TypeVar("T")
 LOOK_EVERY = 0.05  # seconds between looks at the other ranks' files, and at a thread that is waited for
@@ -89,8 +89,9 @@ class Saver:
         self._until(writer.ended)
         self._writer = None
         if self.comm.any(failed or writer.trouble is not None):
-            if self.comm.any(isinstance(writer.trouble, UploadError)) and writer.trouble is None:
-                raise UploadError(f"{writer.folder}: could not be uploaded by another rank; its message says why")
+            lost, away = (self.comm.any(isinstance(writer.trouble, kind)) for kind in (UploadError, AwayError))
+            if lost and writer.trouble is None:
+                raise (AwayError if away else UploadError)(f"{writer.folder}: could not be uploaded by another rank; its message says why")
             raise self._failed(writer.folder, writer.trouble) from writer.trouble
         return Saved(writer.step, writer.size, self._stalled + time.perf_counter() - began, writer.seconds)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.data import storage
-from pipeline.data.errors import DataError
+from pipeline.data.errors import DataError, StorageError
 
 IN_MEMORY = 64_000_000  # bytes; a smaller file is read at once, so that one which grows meanwhile arrives as it was at some moment
 T = TypeVar("T")
@@ -206,12 +206,13 @@ class Patience:
         self.url, self.seconds, self.says, self._silent_since = url, seconds, says, None
 
     def __call__(self, action: Callable[[], T]) -> T:
-        """`action` until it succeeds. Raises TimeoutError with the last error in words when that takes more than `seconds`."""
+        """`action` until it succeeds. Raises TimeoutError with the last error in words when that takes more than `seconds`, and any error
+        but StorageError at once."""
         wait, began = 0.5, time.monotonic()
         while True:
             try:
                 value = action()
-            except DataError as error:
+            except StorageError as error:
                 now = time.monotonic()
                 if now - began > self.seconds:
                     raise TimeoutError(f"{error}") from error

@@ -147,3 +147,15 @@ def test_a_store_that_is_away_for_tidying_up_fails_no_checkpoint(url: str, tmp_p
     assert remote.committed(Store(url)) == [10, 20]
     uploads.retire(1)
     assert remote.committed(Store(url)) == [20]
+
+
+def test_what_waiting_does_not_mend_is_said_at_once(url: str, tmp_path: Path) -> None:
+    listed, folder = checkpoint_in(tmp_path / "run", 10, ranks=1)[0], checkpoint.folder_of(tmp_path / "run", 10)
+    uploads = remote.Uploads(Store(url), 1, Patience(url, 0.2), None)
+    uploads.send(folder, listed, 0, 1)
+    Store(url).write("checkpoints/step-00000010/../../escaped", b"not of this run")
+    with pytest.raises(remote.UploadError, match="an object whose name leads out of this folder.* this one is whole in") as found:
+        uploads.commit(folder)
+    assert not isinstance(found.value, StorageError)  # exit code 75 would have it started again
+    Store(url).remove(["checkpoints/step-00000010/../../escaped"])
+    assert uploads.commit(folder) == listed
