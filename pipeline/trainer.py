@@ -16,6 +16,7 @@ from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.record.metrics import Record
+from pipeline.selection import cost
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.scoring import Choice, Scoring
 from pipeline.teachers.base import Teachers
@@ -110,10 +111,10 @@ class Trainer:
     def choose(self, batch: Batch) -> Choice:
         """The scoring pass, where one is needed, and the choice."""
         if self.record.flops is None:  # once, on a real batch
-            self.record.flops = self.scoring.cost(batch)
+            self.record.flops = cost.cost(self.scoring, batch)
             if self.engine.comm.rank == 0:
-                print(self.scoring.describe(self.record.flops), flush=True)
-        agreement = self.scoring.agreement(batch, self.progress.step)
+                print(cost.describe(self.scoring, self.record.flops), flush=True)
+        agreement = cost.agreement(self.scoring, batch, self.progress.step)
         if agreement is not None and self.engine.comm.rank == 0:
             print(f"scoring: rank correlation with scores of whole images {agreement:.2f}; near 0 the choice is by chance", flush=True)
         return self.scoring.choose(batch, self.progress.step)

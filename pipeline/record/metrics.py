@@ -54,7 +54,7 @@ class Record:
     def __init__(self, config: RecordConfig, folder: Path, comm: Comm, accelerator: Any, num_samples: int, steps: int, seed: int) -> None:
         self.config, self.folder, self.comm, self.accelerator, self.steps = config, folder, comm, accelerator, steps
         self.trace = Trace(config.profile, folder)
-        self.flops: tuple[float, float, float] | None = None  # of Scoring.cost; set by the trainer's first step
+        self.flops: tuple[float, float, float] | None = None  # of selection.cost; set by the trainer's first step
         self._log = _SelectionLog(folder / "selection", comm.rank, config.selection_samples / num_samples, seed)
         self._bad = self._skipped = 0  # samples of this rank that could not be decoded, or were passed over, since the last log step
         self._pending: list[tuple[int, Tensor, Trained]] = []

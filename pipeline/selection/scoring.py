@@ -1,10 +1,8 @@
 """The scoring pass and its options: which candidates are embedded before the choice, how cheaply, and what stands in for the others.
 
-A full training step is 3 forwards a sample (one, and a backward of two). Selection at rate r costs 3 r + c, where c is the scoring
-pass in forwards of a sample; all the options lower c. What each costs is counted on the first batch and printed.
+Selection at rate r costs 3 r + c forwards a sample, where c is the scoring pass (cost.py counts it on the first batch): the options lower c.
 """
 
-import math
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +16,6 @@ from pipeline import kernels
 from pipeline.config import ConfigError, Strict
 from pipeline.data.lanes import RankLanes
 from pipeline.hashing import hash_ids
-from pipeline.record.profile import forward_flops, measured_peak
 from pipeline.selection.base import Selector
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.warmup import Watch
@@ -197,30 +194,15 @@ class Scoring:
         if self.last is not None and cosine is not None:
             self.last.index_copy_(0, slot, torch.where(valid, cosine, self.last[slot]))
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """The features of the scoring pass for all rows of a batch."""
-        return self._embed(self.view(batch), self.dtype)
-
-    def _embed(self, batch: Batch, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def embed(self, batch: Batch, as_trained: bool = False) -> dict[str, Tensor]:
+        """The features of the scoring pass for all rows of a batch; `as_trained`: of whole images, in training's precision."""
+        batch, dtype = (batch, None) if as_trained else (self.view(batch), self.dtype)
         rows = self.config.micro_batch or len(batch)
         if rows >= len(batch):
             return self.engine.features(batch, dtype)
         pieces = [slice(first, first + rows) for first in range(0, len(batch), rows)]
         parts = [self.engine.features(batch.map(lambda value, at=at: value[at]), dtype) for at in pieces]
         return {name: torch.cat([part[name] for part in parts]) if value.ndim >= 2 else value for name, value in parts[0].items()}
-
-    def agreement(self, batch: Batch, step: int) -> float | None:
-        """Spearman's rank correlation between a batch's scores in the scoring pass and as trained, at the first step after warm-up; None at
-        every other step, and where both are the same images. Two more forwards, once. Collective in stage 3.
-
-        A view may cost next to nothing and know nothing: of 32 px icons scored at 16 px the choice is by chance (docs/evidence.md).
-        """
-        same = self.config.image_size is None and self.config.patches == 1
-        if same or not step or step != self.groups.selector.warmup_steps or not self.needs(step):
-            return None
-        pairs = [self.embed(batch), self._embed(batch, None)]
-        ranks = torch.stack([kernels.cosine(found["image"], found["text"])[batch.valid].argsort().argsort().float() for found in pairs])
-        return float(torch.corrcoef(ranks)[0, 1])
 
     def view(self, batch: Batch) -> Batch:
         """The batch as the scoring pass sees it: smaller images, the patches to keep. A sample's patches are the same at every visit,
@@ -237,31 +219,6 @@ class Scoring:
             lot = hash_ids(self.seed, -4, batch.sample[:, None], torch.arange(count, device=image.device))
             fields[KEPT] = lot.topk(max(1, int(config.patches * count)), dim=1).indices.sort(dim=1).values
         return replace(batch, fields=fields)
-
-    def cost(self, batch: Batch) -> tuple[float, float, float]:
-        """FLOP of a sample's training forward and of its scoring forward, and the machine's FLOP/s in training's precision. Collective."""
-        forward, view = forward_flops(self.engine, batch), self.view(batch)
-        scoring = forward if view is batch else forward_flops(self.engine, view)
-        return forward, scoring, measured_peak(self.engine.device, self.engine.config.dtype)
-
-    def describe(self, costs: tuple[float, float, float]) -> str:
-        """The cost model in one line, from counted FLOP and, where precisions differ, this machine's rates of large products in both."""
-        forward, scoring, peak = costs
-        selector, every = self.groups.selector, self.config.every
-        faster = 1.0 if self.dtype in (None, self.engine.config.dtype) else measured_peak(self.engine.device, self.dtype) / peak
-        read = bool(selector.needs(selector.warmup_steps)) or self.negatives
-        share = read * scoring / forward / faster / every
-        rate = 1.0 if selector.trains_all(selector.warmup_steps) else self.groups.keep(math.inf) / self.groups.size
-        needs, all_rows = self.needs(0), selector.trains_all(0)
-        free = not (needs or (self.negatives and not all_rows)) or (self.config.reuse and all_rows and needs == {"cosine"})
-        warm = 0.0 if free else scoring / forward / faster
-        return (
-            f"scoring: a sample's scoring forward is {scoring / forward:.2f} of its training forward in FLOP"
-            + (f", {scoring / forward / faster:.2f} in time at {faster:.2f} times the rate" if faster != 1 else "")
-            + (f", every {every} visits" if every > 1 else "")
-            + f"; a step is {(share + 3 * rate) / 3:.2f} of full training's (scoring {share / 3:.2f} + rate {rate:.2f})"
-            + (f", in warm-up {(warm + 3 * (1.0 if all_rows else rate)) / 3:.2f}" if selector.in_warmup(0) else "")
-        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The selector's table, and the scores that stand in: one row a sample."""
