@@ -3,6 +3,7 @@
 CONFIG is a YAML file of training: its entry NAME of `teachers` (live or pretrained) looks at its data. RUN is a run folder: the tower NAME
 of that run (default: student) looks at the data of that run, or at other shards with data.sources.0.url=... OUT is then what
 `{name: cached, path: OUT}` reads. Nothing is augmented. The command goes on where it was stopped: each file of OUT is whole or not there.
+One process does it: of several ranks the first alone.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.comm import leads
 from pipeline.distributed.engine import EngineConfig
 from pipeline.run import RunConfig
 from pipeline.teachers import live
@@ -157,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="rows that the teacher looks at together (default 256)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode (default 2)")
     args = parser.parse_intermixed_args(arguments)
+    if not leads():
+        return 0
     began = time.perf_counter()
     try:
         config, teacher = chosen(args.source, args.overrides, args.teacher, args.tower, args.checkpoint)

@@ -4,6 +4,7 @@
 
 RUN is a finished run of a small model on held-out pairs; --data names the shards that the table is for, in the order of the
 data.sources of the run that will select (default: those that RUN was trained on, which measures memorising as well).
+One process does it: of several ranks the first alone.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pipeline.data.lanes import Rows
 from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.comm import leads
 from pipeline.hashing import hash_ids
 from pipeline.kernels import clip_loss
 from pipeline.run import TrainedRun
@@ -66,6 +68,8 @@ def losses(run: TrainedRun, sources: Sources, group: int, rounds: int, workers: 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(arguments)
+    if not leads():
+        return 0
     try:
         run = TrainedRun(args.run)
         data = run.config.data

@@ -100,11 +100,14 @@ def test_fp16_without_a_gpu_says_what_to_use(tmp_path: Path, monkeypatch: pytest
 
 def test_of_several_ranks_the_first_does_what_needs_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.__main__ import main
+    from tools.cache_teacher import main as cache_teacher
     from tools.export import main as export
+    from tools.irreducible_loss import main as irreducible_loss
 
     assert leads({}) and leads({"RANK": "0"}) and not leads({"RANK": "1"})
     missing = str(tmp_path / "no run")
     for rank, status in (("0", 2), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         out = str(tmp_path / "out")
-        assert main(["evaluate", missing]) == main(["report", missing]) == main(["curate", missing, out]) == export([missing, out]) == status
+        assert main(["evaluate", missing]) == main(["report", missing]) == main(["curate", missing, out]) == status
+        assert export([missing, out]) == cache_teacher([missing, out]) == irreducible_loss([missing, out]) == status
