@@ -1,5 +1,7 @@
 """The frozen frame encoder of a video run, on clips as long as stage 2 wants them: what tools.cache_teacher writes for it, once."""
 
+from functools import cached_property
+
 from pydantic import Field
 from torch import Tensor
 
@@ -25,9 +27,14 @@ class Config(TeacherConfig):
     patches: bool = Field(False, description="the patches' features too, many times as much to store")
     chunk: int | None = Field(None, ge=1, description="tubelets that the encoder takes at once; null: all of a batch")
 
+    @cached_property
+    def _view(self) -> View:
+        """Opened once for all that is asked at a start: a URL is listed then."""
+        return View(self.run)
+
     def described(self) -> video.Config:
         """The tower's settings with this one's clips. Raises ConfigError."""
-        found = tower_of(View(self.run).folder, self.tower, "teachers: frames")
+        found = tower_of(self._view.folder, self.tower, "teachers: frames")
         if not isinstance(found, video.Config):
             raise ConfigError(f"teachers: frames: {self.run}: its tower {self.tower!r} is {found.name}; expected one that is video")
         values = dump(found)
@@ -43,9 +50,9 @@ class Config(TeacherConfig):
         return {described.field: VideoDecoder(described.clip, train=True)}
 
     def open(self, sources: Sources) -> "EncodedFrames":
-        view, described = View(self.run), self.described()
-        view.weights(self.checkpoint)
-        file = weights_file(view.folder, self.checkpoint, "teachers: frames: checkpoint")
+        described = self.described()
+        self._view.weights(self.checkpoint)
+        file = weights_file(self._view.folder, self.checkpoint, "teachers: frames: checkpoint")
         encoder = Frames(described)
         weights = read_weights(file, f"towers.{self.tower}.spatial.", "teachers: frames")
         copy_weights(encoder.state_dict(), weights, "teachers: frames", str(file))

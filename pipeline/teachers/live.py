@@ -1,5 +1,6 @@
 """Any tower of another run, frozen, run on the rows that are trained."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,19 +35,24 @@ class Config(TeacherConfig):
         default_factory=dict, description="its field: the batch's field, where the student calls something else by its name"
     )
 
+    @cached_property
+    def _view(self) -> View:
+        """Opened once for all that is asked at a start: a URL is listed then."""
+        return View(self.run)
+
     def described(self) -> TowerConfig:
         """The tower's settings. Raises ConfigError."""
         if isinstance(self.tower, str):
             if self.run is None or self.weights is not None:
                 raise ConfigError(f"teachers: live: tower {self.tower!r} is the name of a tower of a run: give `run`, and no `weights`")
-            return tower_of(View(self.run).folder, self.tower, "teachers: live")
+            return tower_of(self._view.folder, self.tower, "teachers: live")
         if self.weights is None or self.run is not None:
             raise ConfigError("teachers: live: a tower given by its settings needs `weights`, a safetensors file, and no `run`")
         return self.tower
 
     def folder(self) -> Path:
         """Where its tokenizers are."""
-        return View(self.run).folder if self.weights is None else Path(self.weights).parent
+        return self._view.folder if self.weights is None else Path(self.weights).parent
 
     def gives(self) -> tuple[str, ...]:
         return self.described().gives()
@@ -63,9 +69,8 @@ class Config(TeacherConfig):
     def open(self, sources: Sources) -> "Live":
         tower = self.described().build(self.folder())
         if self.weights is None:
-            view = View(self.run)
-            view.weights(self.checkpoint)
-            file, prefix = weights_file(view.folder, self.checkpoint, "teachers: live: checkpoint"), f"towers.{self.tower}."
+            self._view.weights(self.checkpoint)
+            file, prefix = weights_file(self._view.folder, self.checkpoint, "teachers: live: checkpoint"), f"towers.{self.tower}."
         else:
             file, prefix = Path(self.weights), ""
         weights = read_weights(file, prefix, "teachers: live")

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import ConfigError, parse
+from pipeline.data.sources import Sources
 from pipeline.distributed.checkpoint import CheckpointError
+from pipeline.distributed.store import Store
 from pipeline.run import RunConfig
 from pipeline.task import check_wiring
 from tests.distill import CLEAN, FOLLOW, NOISY, config, live, refused, train
@@ -34,6 +36,20 @@ def test_a_live_teacher_gives_what_its_run_would_and_stays_as_it_is(digits: Path
     terms = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all({"ce", "kd", "logits", "kd.cosine", "logits.agreement"} <= line.keys() for line in terms if "loss" in line)
     assert terms[-1]["kd"] < terms[0]["kd"]
+
+
+def test_a_run_in_a_store_is_listed_once_for_its_settings(digits: Path, colour: Path, tmp_path: Path, monkeypatch) -> None:
+    url, asked, listing = f"memory://{tmp_path}/colour", [], Store.listing
+    for path in (path for path in colour.rglob("*") if path.is_file()):
+        Store(url).put(path.relative_to(colour).as_posix(), path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Store, "listing", lambda store, under="": asked.append(under) or listing(store, under))
+    given = config(digits, tmp_path / "run", objectives=FOLLOW, teachers=live(url))
+    check_wiring(given.towers, given.objectives, given.teachers, given.data)
+    first = len(asked)
+    check_wiring(given.towers, given.objectives, given.teachers, given.data)
+    teacher = given.teachers["colour"].open(Sources.open(given.data))
+    assert first and len(teacher.digest) == 64 and "" not in asked[first:]  # only which checkpoints there are
 
 
 def test_pieces_of_a_batch_have_the_same_teacher(digits: Path, colour: Path, tmp_path: Path) -> None:
