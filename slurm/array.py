@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, load
+from slurm.cluster import ClusterConfig, clean_environment
 
 POLL_S = 5.0
+
+
+def parameters(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
+    """Those of submitit.SlurmExecutor for the array in `folder`: a training job's, but for its own copy of the code and its word at the end."""
+    root = Path(__file__).resolve().parents[1]
+    setup = [f"cd {root}", f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}", *cluster.setup]
+    return cluster.slurm(folder.parent.name, folder) | {"setup": setup, "teardown": None}
 
 
 def run_array(function: Callable[[Any], Any], items: Sequence[Any], folder: Path, cluster: str, executor: str = "slurm") -> Iterator[Any]:
@@ -18,27 +26,10 @@ def run_array(function: Callable[[Any], Any], items: Sequence[Any], folder: Path
     """
     import submitit
 
-    from slurm.cluster import ClusterConfig, clean_environment
-
     asked = load(ClusterConfig, cluster, ["nodes=1", "tasks_per_node=1"])
     if executor == "slurm":
         engine = submitit.SlurmExecutor(folder)
-        wanted = (
-            "job_name",
-            "time",
-            "nodes",
-            "ntasks_per_node",
-            "cpus_per_task",
-            "array_parallelism",
-            "partition",
-            "account",
-            "qos",
-            "constraint",
-        )
-        given = asked.slurm(folder.parent.name, folder)
-        root = Path(__file__).resolve().parents[1]
-        setup = [f"cd {root}", f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}", *asked.setup]
-        engine.update_parameters(**{key: given[key] for key in wanted if key in given}, setup=setup, stderr_to_stdout=True, wckey=None)
+        engine.update_parameters(**parameters(asked, folder))
     else:
         engine = submitit.LocalExecutor(folder)
         engine.update_parameters(timeout_min=asked.minutes, stderr_to_stdout=True)

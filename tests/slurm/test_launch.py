@@ -11,6 +11,7 @@ from pipeline.config import ConfigError, load
 from pipeline.data.lanes import RankLanes
 from pipeline.run import RunConfig
 from slurm import plan
+from slurm.array import parameters
 from slurm.cluster import ClusterConfig
 from slurm.job import PORTS, free_port
 from slurm.launch import main, points
@@ -31,6 +32,16 @@ def test_every_cluster_file_gives_parameters_that_submitit_knows(path: Path, tmp
     script = _make_sbatch_string(command="true", folder=tmp_path, **load(ClusterConfig, path).slurm("run", tmp_path / "launch"))
     for word in ("--kill-on-invalid-dep=yes", "--requeue", "--kill-on-bad-exit=1", "--signal=USR2@", "slurm.job"):
         assert word in script
+
+
+def test_an_array_asks_for_all_that_the_cluster_file_asks_for(tmp_path: Path) -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    asked = load(ClusterConfig, H100, ["mem_gb=4", "extra={nice: 10}", "exclude=n1", "gpus_per_node=1"])
+    script = _make_sbatch_string(command="true", folder=tmp_path, **parameters(asked, tmp_path / "grid" / "submissions"))
+    for word in ("--mem=4096M", "--nice=10", "--exclude=n1", "--gpus-per-node=1", "--job-name=grid"):
+        assert word in script
+    assert "slurm.job" not in script  # which starts a training run that was killed again
 
 
 @pytest.mark.parametrize(
