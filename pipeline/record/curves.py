@@ -112,9 +112,7 @@ def _keys(run: Run, suffix: str) -> list[str]:
 
 
 def _teacher_accuracies(run: Run) -> list[str]:
-    objectives = dig(run.config, "objectives")
-    pairs = objectives.items() if isinstance(objectives, dict) else ()
-    return [f"{name}.accuracy" for name, one in pairs if isinstance(one, dict) and str(one.get("feature", "")).startswith("teacher.")]
+    return [f"{name}.accuracy" for name, one in run.objectives.items() if str(one.get("feature", "")).startswith("teacher.")]
 
 
 def _telemetry_plot(name: str, series: list[Series], title: str, ylabel: str, caption: str, chance: float | None) -> Plot | None:

@@ -82,10 +82,23 @@ def _loss_plot(runs: Sequence[Run]) -> Plot | None:
     if not series:
         return None
     ends = ", ".join(f"{one.label} {one.y[-1]:.2f}" for one in series)
-    caption = "Thin: as logged; thick: moving average. It is the loss of the pairs trained, with negatives from among them, so its level "
-    caption += "says little across selectors."
-    svg = plots.lines("loss", series, xlabel="step", ylabel="contrastive loss", smooth=True)
+    caption = "Thin: as logged; thick: moving average. It is the loss of the rows trained, so its level says little across selectors."
+    terms = {run.label: _sum_of(run) for run in runs if run.objectives}
+    if len(set(terms.values())) > 1:
+        caption += " ".join(["", *(f"{name}: {text}." for name, text in terms.items())])
+    elif terms:
+        caption += f" Loss: {next(iter(terms.values()))}."
+    svg = plots.lines("loss", series, xlabel="step", ylabel="loss", smooth=True)
     return Plot("Training loss", svg, caption, f"Line chart of the training loss over steps. Last values: {ends}.")
+
+
+def _sum_of(run: Run) -> str:
+    """What a run's loss is the sum of: "clip + 0.5 soft (logit_kd)"."""
+    terms = []
+    for name, one in run.objectives.items():
+        weight, kind = number(one.get("weight")), str(one.get("name", name))
+        terms.append(("" if weight in (None, 1.0) else f"{weight:g} ") + (name if kind == name else f"{name} ({kind})"))
+    return " + ".join(terms)
 
 
 def _precision_plot(runs: Sequence[Run]) -> Plot | None:

@@ -41,6 +41,12 @@ class Run:
         return name if isinstance(name, str) else "unknown"
 
     @property
+    def objectives(self) -> dict[str, dict]:
+        """Their settings by name, in the order of the run."""
+        given = dig(self.config, "objectives")
+        return {str(name): one for name, one in given.items() if isinstance(one, dict)} if isinstance(given, dict) else {}
+
+    @property
     def warmup_visits(self) -> int | None:
         """None: an automatic warm-up that has not ended."""
         known = dig(self.quality or {}, "warmup_visits")

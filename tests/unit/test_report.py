@@ -99,6 +99,17 @@ def test_all_sections_are_there_and_say_what_was_measured(run, data):
     assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
 
 
+def test_the_loss_is_called_by_what_is_trained(run, data):
+    second = make_run(run.parent / "second", data, "clip_score", 0.066)
+    terms = {run: {"clip": {"weight": 1.0}, "soft": {"name": "logit_kd", "weight": 0.5}}, second: {"ce": {"name": "cross_entropy"}}}
+    for folder, objectives in terms.items():
+        told = yaml.safe_load((folder / "resolved.yaml").read_text()) | {"objectives": objectives}
+        (folder / "resolved.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+    page = page_of(run)
+    assert "Loss: clip + 0.5 soft (logit_kd)." in page.text and "contrastive" not in page.text
+    assert "dissect: clip + 0.5 soft (logit_kd). clip_score: ce (cross_entropy)." in page_of(run, second).text
+
+
 def test_ids_are_unique_and_every_reference_is_met(run, data):
     page = page_of(run, make_run(run.parent / "second", data, "clip_score", 0.066))
     ids = page.values("id")
