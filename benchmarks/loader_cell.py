@@ -24,9 +24,10 @@ from pipeline.data.decode import Decoder, ImageDecoder, Resize, TextDecoder
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import RankLanes, layout
 from pipeline.data.loader import _Requests, batches
-from pipeline.data.skip import SkipConfig, Walk
+from pipeline.data.skip import SkipConfig
 from pipeline.data.sources import DataConfig, SourceConfig, Sources
 from pipeline.data.text import BpeTokenizer, train_bpe
+from pipeline.data.walk import Walk
 
 BATCH, WINDOW, LANES = 256, 4, 4
 
@@ -73,10 +74,11 @@ class Ours:
         lanes, steps = RankLanes(plan, 0, 1), sources.num_samples // BATCH
         requests: Any = _Requests(lanes, first, first + steps)
         if self.skip:
-            walk = Walk(lanes, SkipConfig(share=0.8, after_visits=1), torch.device("cpu"))
-            walk.rejected.fill_(1)
-            self.passed = walk.begin()
-            requests = (_next(walk) for _ in range(steps))
+            rule = SkipConfig(share=0.8, after_visits=1).rule(lanes, torch.device("cpu"))
+            rule.rejected.fill_(1)
+            walk = Walk(lanes, rule, torch.device("cpu"))
+            self.passed = walk.begin(0)
+            requests = (_next(walk, step) for step in range(steps))
         return iter(batches(Fetch(sources, self.fields, seed=0), requests, self.cell["workers"]))
 
     def state(self, done: int) -> int:
@@ -84,9 +86,9 @@ class Ours:
         return 40 * done + done
 
 
-def _next(walk: Walk) -> Any:
+def _next(walk: Walk, step: int) -> Any:
     rows = walk.next()
-    walk.advance()
+    walk.advance(step)
     return rows
 
 

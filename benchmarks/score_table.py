@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.common import interleave, machine, save, summary
 from pipeline.data.lanes import RankLanes, SourceShape, layout
-from pipeline.data.skip import RING, SkipConfig, Walk
+from pipeline.data.skip import Rejections, SkipConfig
+from pipeline.data.walk import RING, Walk
 from pipeline.distributed import checkpoint
 from pipeline.distributed.host import Host
 from pipeline.selection.base import Candidates, Selector
@@ -64,14 +65,14 @@ def saved(lanes: RankLanes, columns: dict[str, torch.Tensor]) -> dict[str, float
         return {"mb": path.stat().st_size / 1e6, "bytes_a_sample": path.stat().st_size / lanes.num_samples} | seconds
 
 
-def _as_if_trained(walk: Walk) -> None:
+def _as_if_trained(rule: Rejections, walk: Walk) -> None:
     """Rejections in a row from 0 to 20, the fewer the longer, a tenth of the samples never; and bits of eight visits, each of its own draw."""
-    make, count = torch.Generator().manual_seed(2), len(walk.rejected)
-    walk.rejected.copy_((1 + torch.empty(count).exponential_(1 / 5, generator=make)).clamp_(max=20))
-    walk.rejected[torch.rand(count, generator=make) < 0.1] = 0
-    often = walk.rejected >= walk.config.after_visits
+    make, count = torch.Generator().manual_seed(2), len(rule.rejected)
+    rule.rejected.copy_((1 + torch.empty(count).exponential_(1 / 5, generator=make)).clamp_(max=20))
+    rule.rejected[torch.rand(count, generator=make) < 0.1] = 0
+    often = rule.rejected >= rule.config.after_visits
     for bit in range(RING):
-        skipped = (often & (torch.rand(count, generator=make) < 1 - 1 / walk.config.rescore_visits)).numpy()
+        skipped = (often & (torch.rand(count, generator=make) < 1 - 1 / rule.config.rescore_visits)).numpy()
         walk.bits |= skipped.astype(np.uint8) << np.uint8(bit)
 
 
@@ -93,16 +94,17 @@ def run(samples: int, ranks: int, batch: int, rounds: int) -> dict[str, Any]:
     selector.scores.score.normal_(30, 8, generator=torch.Generator().manual_seed(0))
     result |= {"batch": batch, "bar_ms": BAR_MS, "times": update(selector, batch, rounds)}
     result["checkpoint"] = saved(lanes, selector.state_dict())
-    walk = Walk(lanes, SkipConfig(), torch.device("cpu"))
-    _as_if_trained(walk)
+    rule = SkipConfig().rule(lanes, torch.device("cpu"))
+    walk = Walk(lanes, rule, torch.device("cpu"))
+    _as_if_trained(rule, walk)
     began = time.process_time()
-    walk.begin()
+    walk.begin(0)
     result["skip"] = {
         "enter_a_visit_cpu_seconds": time.process_time() - began,
         "skipped_share": 1 - float(walk._count[0].sum()) / lanes.num_samples,
     }
     selector.scores.visits.random_(3, 21, generator=torch.Generator().manual_seed(3))  # a sample that is skipped is scored less often
-    steps = interleave({"a step": lambda: (walk.next(), walk.advance())}, min(rounds, 50))
+    steps = interleave({"a step": lambda: (walk.next(), walk.advance(0))}, min(rounds, 50))
     result["skip"] |= {"step": summary(steps["a step"]), "checkpoint": saved(lanes, selector.state_dict() | walk.columns())}
     return result
 

@@ -18,6 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import RankLanes, Rows, layout
 from pipeline.data.sources import Sources
+from pipeline.data.walk import Walk
 from pipeline.distributed.comm import LocalComm
 from pipeline.evaluation.evaluate import HeldOut, judge_selection, measure
 from pipeline.evaluation.selection_quality import LOG_SCHEMA
@@ -26,21 +27,15 @@ from pipeline.selection.groups import GroupSelector
 from pipeline.selection.scoring import Scoring
 from pipeline.selection.warmup import Watch, visits_of
 from pipeline.towers.base import TowerData
-from pipeline.types import Batch, Selection
+from pipeline.types import Batch, Selection, StepOutput
 
 
 class Run:
     """One cell. Raises ConfigError for what this loop does not have."""
 
     def __init__(self, config: RunConfig) -> None:
-        if (
-            config.engine.precision != "fp32"
-            or config.teachers
-            or config.init_from
-            or config.scoring.precision == "fp16"
-            or config.data.skip
-        ):
-            raise ConfigError("memory: true: needs engine.precision fp32, scoring.precision fp32 or bf16, no teachers, init_from or data.skip")
+        if config.engine.precision != "fp32" or config.teachers or config.init_from or config.scoring.precision == "fp16":
+            raise ConfigError("memory: true: needs engine.precision fp32, scoring.precision fp32 or bf16, no teachers or init_from")
         self.config, self.folder, self.comm = config, Path(config.out), LocalComm()
         torch.set_num_threads(config.engine.threads or 1)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +53,8 @@ class Run:
         self.optimizer = config.optimizer.build(self.task)
         selector = config.selector.build(plan.num_samples, config.selector.last_warmup_step(plan.steps_for, self.steps), config.seed)
         self.groups = GroupSelector(selector, *compete(config, plan))
+        rule = config.data.skip.rule(self.lanes, self.device) if config.data.skip else selector.rule(self.steps)
+        self.walk = Walk(self.lanes, rule, self.device) if rule else None
         self.watch = Watch(selector, self.comm, plan.steps_for, self.folder)
         rejected = any(objective.rejected() for objective in config.objectives.values())
         self.scoring = Scoring(config.scoring, self, self.groups, self.lanes, config.seed, rejected, self.watch)
@@ -87,20 +84,34 @@ class Run:
 
     def train(self) -> float:
         """All steps; gives the CPU seconds that scoring, choosing and training took."""
-        began = time.process_time()
+        began, selector = time.process_time(), self.groups.selector
+        if self.walk:
+            self.walk.begin(0)
         for step in range(self.steps):
-            rows = self.lanes.rows(step)
-            batch = self.samples.take(torch.from_numpy(rows.sample))
-            batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
+            batch = self._batch(step)
             choice = self.scoring.choose(batch, step)
             chosen = choice.selection
-            cosine = self.step(batch.take(chosen.rows, choice.features), chosen, step)
-            choice = self.scoring.learn(batch, choice, cosine, step)
+            trained = batch.take(chosen.rows, choice.features)
+            out = self.step(trained, chosen, step)
+            selector.learn(trained, out.per_sample)
+            choice = self.scoring.learn(batch, choice, out.cosine, step)
             self.watch.step(choice.cosine, batch, step + 1)
+            if self.walk and not selector.in_warmup(step):
+                self.walk.rule.note(batch, chosen)
             self.scored += choice.scored
             self.trained += len(chosen.rows)
             self._note(step, batch, chosen, choice.cosine)
         return time.process_time() - began
+
+    def _batch(self, step: int) -> Batch:
+        """The candidates of a step."""
+        rows = self.walk.next() if self.walk else self.lanes.rows(step)
+        if self.walk:
+            self.walk.advance(step)
+        batch = self.samples.take(torch.from_numpy(rows.sample))
+        batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
+        batch.weight = None if rows.weight is None else torch.from_numpy(rows.weight)
+        return batch
 
     @torch.no_grad()
     def features(self, batch: Batch, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -112,8 +123,8 @@ class Run:
         finally:
             self.task.train()
 
-    def step(self, batch: Batch, chosen: Selection, step: int) -> torch.Tensor | None:
-        """Forward, backward, clip, update, bounds: Engine.step for one process. The trained rows' cosines."""
+    def step(self, batch: Batch, chosen: Selection, step: int) -> StepOutput:
+        """Forward, backward, clip, update, bounds: Engine.step for one process."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.rate_at(step, self.steps)
         out = self.task(batch, "train", chosen)
@@ -126,7 +137,7 @@ class Run:
         with torch.no_grad():
             for parameter, low, high in self.task.bounds():
                 parameter.clamp_(low, high)
-        return out.cosine
+        return out
 
     def _note(self, step: int, batch: Batch, chosen: Selection, cosine: torch.Tensor | None) -> None:
         kept = np.zeros(len(batch), bool)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,13 @@ from pipeline.data.fields import join
 from pipeline.data.lanes import Layout, layout
 from pipeline.data.loader import DataModule
 from pipeline.data.sources import DataConfig, Sources, cache_folder
+from pipeline.data.walk import Limits
 from pipeline.distributed import checkpoint
 from pipeline.distributed.checkpoint import CheckpointConfig
 from pipeline.distributed.comm import Comm, LocalComm
 from pipeline.distributed.engine import Engine, EngineConfig
 from pipeline.distributed.home import Home, folder_of, open_home, together
-from pipeline.distributed.launch import describe_device, start
+from pipeline.distributed.launch import commit, describe_device, start
 from pipeline.distributed.optimizer import OptimizerConfig
 from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop, StopConfig
@@ -102,9 +102,12 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_skip(self) -> "RunConfig":
+    def _fit_together(self) -> "RunConfig":
+        self.selector.fits(self.objectives)
         if self.data.skip:
-            self.data.skip.beside(self.selector.name, self.scoring.every)
+            self.data.skip.beside(self.selector.name, self.selector.passes_over() is not None)
+        if self.limits:
+            self.limits.fits(self.data.workers, self.data.prefetch, self.scoring.every)
         return self
 
     @model_validator(mode="after")
@@ -113,6 +116,11 @@ class RunConfig(Strict):
             if name.split(".")[0] not in self.towers:
                 raise ValueError(f"init_from.towers: {unknown('tower', name.split('.')[0], self.towers)}")
         return self
+
+    @property
+    def limits(self) -> Limits | None:
+        """Of what is passed over before it is read, by data.skip or by the selector; None: everything is read."""
+        return self.data.skip.limits if self.data.skip else self.selector.passes_over()
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of the whole run."""
@@ -172,6 +180,7 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     sources.check_cache(config.data, data.lanes, comm.local_size)
     selector = config.selector.build(data.lanes.num_samples, warmup, config.seed)
     selector.scores.to(engine.device)
+    data.follow(selector.rule(steps))
     record = Record(config.record, folder, comm, accelerator, sources.num_samples, steps, config.seed)
     groups = GlobalSelector(selector, size, keep, comm) if config.selector.scope == "global" else GroupSelector(selector, size, keep)
     saver = Saver(config.checkpoint, folder, comm, home.taken, home.uploads)
@@ -288,13 +297,3 @@ def describe(folder: Path, config: RunConfig, sources: Sources, plan: Layout, en
         + (f"{warmup} at the latest, when the spread of the scores has peaked" if config.selector.warmup_visits == "auto" else f"{warmup}"),
         flush=True,
     )
-
-
-def commit(folder: Path) -> str | None:
-    """The commit of the checkout this code runs from; in a copy of it, as `slurm.launch` makes one, what launch.json in the run folder says."""
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():
-        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        return found.stdout.strip() or None
-    launched = folder / "launch.json"
-    return json.loads(launched.read_text(encoding="utf-8")).get("commit") if launched.is_file() else None

@@ -156,7 +156,8 @@ class Task(nn.Module):
         against = {f"{name}/{key}": rows for name, objective in self.objectives.items() for key, rows in objective.adversary_inputs.items()}
         image, text = (features[name].detach() if name in features else None for name in ("image", "text"))
         alike = image is not None and text is not None and image.ndim == 2 and image.shape == text.shape
-        return StepOutput(loss, seen, against, kernels.cosine(image, text) if alike else None)
+        told = [objective.per_sample for objective in self.objectives.values() if objective.per_sample is not None]
+        return StepOutput(loss, seen, against, kernels.cosine(image, text) if alike else None, told[0] if len(told) == 1 else None)
 
     def _embed(self, batch: Batch) -> dict[str, Tensor]:
         out = {}

@@ -103,6 +103,7 @@ class Trainer:
             chosen = choice.selection
             taught = self.teachers(batch.take(chosen.rows, choice.features, chosen.padding))
             trained = self.engine.step(taught, chosen, p.step)
+            self.selector.selector.learn(taught, trained.per_sample)
             choice = self.scoring.learn(batch, choice, trained.cosine, p.step)
             self.scoring.watch.step(choice.cosine, batch, p.step + 1)
         self.advance(batch, choice)

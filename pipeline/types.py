@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+EVERY = "*"  # among a selection's weights: those of every objective that has none of its own
+
 
 @dataclass
 class Batch:
@@ -21,7 +23,8 @@ class Batch:
     teacher: dict[str, Tensor] = field(default_factory=dict)  # filled by teachers; empty in stage 1
     unselected: dict[str, Tensor] | None = None  # after take(): detached scoring embeddings of the rows left out
     bad: tuple[tuple[int, str], ...] = ()  # (sample id, cause) of the rows that are not valid; for the record only
-    skipped: int = 0  # samples passed over on the way to these rows (data.skip); for the record only
+    skipped: int = 0  # samples passed over on the way to these rows; for the record only
+    weight: Tensor | None = None  # float32 [b], how many samples of its visit a row stands for; None: each for itself
 
     def __len__(self) -> int:
         return self.sample.shape[0]
@@ -36,6 +39,7 @@ class Batch:
             valid=change(self.valid),
             fields={name: change(value) for name, value in self.fields.items()},
             teacher={name: change(value) for name, value in self.teacher.items()},
+            weight=None if self.weight is None else change(self.weight),
         )
 
     def take(self, rows: Tensor, features: dict[str, Tensor] | None = None, padding: Tensor | None = None) -> "Batch":
@@ -82,6 +86,7 @@ class Candidates:
     step: int = 0
     image: Tensor | None = None  # float32 [g, D], unit rows
     text: Tensor | None = None  # float32 [g, D], unit rows
+    weight: Tensor | None = None  # float32 [g], see Batch.weight
 
 
 @dataclass
@@ -89,14 +94,14 @@ class Selection:
     """What is trained. After `batch.take(rows)` only the weights may be read."""
 
     rows: Tensor  # int64 [k], ascending
-    weights: dict[str, Tensor] = field(default_factory=dict)  # per-sample weights [k] by objective; empty means 1
+    weights: dict[str, Tensor] = field(default_factory=dict)  # of the rows, [k] each, by objective, EVERY for all not named; empty: 1
     ranked_by: Tensor | None = None  # float32 [g], what the group was ranked by (largest kept); for the record only
     padding: Tensor | None = None  # bool [k]: rejected rows that only make the ranks' shapes equal; not trained. None: none
     scale: float = 1.0  # rows of all ranks, padding too, over those that are trained: what a mean over rows has to be multiplied by
 
     def weight(self, objective: str, valid: Tensor) -> Tensor:
         """float32 [k] >= 0: a row's weight in the mean over rows that this objective takes; 0 where `valid` (bool [k]) is False."""
-        given = self.weights.get(objective)
+        given = self.weights.get(objective, self.weights.get(EVERY))
         return (valid.float() if given is None else given.float().masked_fill(~valid, 0)) * self.scale
 
 
@@ -107,6 +112,7 @@ class StepOutput(NamedTuple):
     terms: dict[str, Tensor]  # detached, still on the device
     adversary: dict[str, Tensor]  # detached features for an adversary's own step; usually empty
     cosine: Tensor | None = None  # float32 [k] of the trained rows, detached; None where the towers give no image and text of one width
+    per_sample: Tensor | None = None  # float32 [k], detached, see Objective.per_sample; None unless exactly one objective tells it
 
 
 class Cached(NamedTuple):

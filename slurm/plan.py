@@ -50,8 +50,8 @@ def plan(config: RunConfig, world: int, samples: int | None) -> Layout:
     data = config.data
     found = layout(shapes(config, samples), data.pool, data.lanes, data.groups, data.window, config.seed)
     found.check_world(world)
-    if data.skip:
-        data.skip.check(found)
+    if config.limits:
+        config.limits.check(found)
     for visits in (0, math.inf):
         found.keep(config.selector.rate_at(visits))
     return found
@@ -194,7 +194,7 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     world = cluster.world
     found = plan(config, world, samples)
     steps, batch = config.num_steps(found.num_samples), found.batch
-    rate, in_the_end = trained_share(config, math.inf), " in the end" if isinstance(config.selector.rate, RateSchedule) else ""
+    rate, in_the_end = config.selector.rate_at(math.inf), " in the end" if isinstance(config.selector.rate, RateSchedule) else ""
     keep = found.keep(rate) * found.groups
     warmup = config.selector.last_warmup_step(found.steps_for, steps)
     yield f"ranks        {world} = {cluster.nodes} nodes x {cluster.tasks_per_node}"
@@ -210,8 +210,9 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     yield f"lane order   {gb(host)} of host memory a rank ({LANE_BYTES} bytes a sample)" + (
         f"; built: {gb(built)}" if built is not None else ""
     )
-    if skip := config.data.skip:
-        yield f"skip         {2 * device // TABLE_BYTES / 1e6:.2f} MB a rank, half of it on the device; at most {skip.share:.0%} of a lane's samples at a visit"
+    if skip := config.limits:
+        of = "half of it on the device" if config.data.skip else "of host memory"
+        yield f"skip         {2 * device // TABLE_BYTES / 1e6:.2f} MB a rank, {of}; at most {skip.share:.0%} of a lane's samples at a visit"
     model = measure(config)
     held = f" and {model.frozen / 1e6:.1f} M frozen ones" if model.frozen else ""
     yield f"model        {model.parameters / 1e6:.1f} M parameters{held}, {model.flops / 1e9:.2f} GFLOP for a forward of one sample"
@@ -222,15 +223,10 @@ def lines(config: RunConfig, cluster: ClusterConfig, samples: int | None) -> Ite
     yield from forecast(config, model, cluster, batch, trained_rows(config, found, steps - warmup), (warmup, steps))
 
 
-def trained_share(config: RunConfig, visits: float) -> float:
-    """The rate after warm-up, when the average sample has been offered `visits` times; 1 for a selector that trains all and reads no rate."""
-    return 1.0 if config.selector.build(1).trains_all(0) else config.selector.rate_at(visits)
-
-
 def trained_rows(config: RunConfig, found: Layout, steps: int) -> float:
     """Rows trained of a batch, on average over the `steps` after warm-up, of which at most some thousand are looked at: selector.rate may be a schedule."""
     looked = range(0, max(1, steps), max(1, steps // 1000))
-    return found.groups * sum(found.keep(trained_share(config, step * found.batch / found.num_samples)) for step in looked) / len(looked)
+    return found.groups * sum(found.keep(config.selector.rate_at(step * found.batch / found.num_samples)) for step in looked) / len(looked)
 
 
 def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int, keep: float, steps: tuple[int, int]) -> Iterator[str]:

@@ -32,6 +32,7 @@ PRELOADED = """
 """
 SAVES = ("visits=12", "checkpoint.every=2", "towers.student.dropout=0.2")  # 37 steps; about half of the time goes into saving
 SKIPS = ("data.skip={share: 0.5, after_visits: 1, rescore_visits: 4, lookahead: 5}", "visits=12")  # half of a lane's 50 samples at most
+PRUNES = ("selector={name: info_batch, warmup_visits: 1, prune: 0.6, lookahead: 5}", "visits=12")
 PATIENCE = 240.0  # seconds; only a hang takes that long, also on a machine that does other work
 
 

@@ -93,7 +93,8 @@ class Fetch(Dataset):
                 valid[i] = False
                 bad.append((int(rows.sample[i]), "not_cached"))
         columns = map(torch.from_numpy, (rows.sample, rows.slot, rows.visit, valid))
-        return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad), skipped=rows.skipped)
+        weight = None if rows.weight is None else torch.from_numpy(rows.weight)
+        return Batch(*columns, fields=fields, teacher=given, bad=tuple(bad), skipped=rows.skipped, weight=weight)
 
     def _read(self, samples: list[int]) -> Iterator[dict[str, bytes] | BadSample]:
         """The members of each sample, or why it has none, a few samples ahead: between two decodings a read finds the caches of the

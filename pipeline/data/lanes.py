@@ -36,7 +36,8 @@ class Rows(NamedTuple):
     sample: np.ndarray  # int64 [b], global sample id (sources one after the other)
     slot: np.ndarray  # int64 [b], row in the rank's score table
     visit: np.ndarray  # int64 [b]
-    skipped: int = 0  # samples that the lanes passed over on their way to these (data.skip)
+    skipped: int = 0  # samples that the lanes passed over on their way to these (pipeline/data/walk.py)
+    weight: np.ndarray | None = None  # float32 [b], how many samples of its visit a row stands for; None: each for itself
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from pipeline.data.errors import DataError
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Layout, RankLanes, Rows
-from pipeline.data.skip import Walk
 from pipeline.data.sources import DataConfig
+from pipeline.data.walk import Rule, Walk
 from pipeline.distributed.comm import Comm, LocalComm, add_up
 from pipeline.types import Batch, Selection
 
@@ -66,7 +66,7 @@ def batches(fetch: Fetch, requests: Any, workers: int, prefetch: int = 2, pin: b
 
 
 class DataModule:
-    """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic, and with data.skip a walk."""
+    """The trainer's view of the data. Its state is the step; where that lies in which shard is arithmetic, and under a rule a walk."""
 
     def __init__(
         self, config: DataConfig, layout: Layout, rank: int, world_size: int, fetch: Fetch, steps: int, device: torch.device
@@ -74,7 +74,8 @@ class DataModule:
         self.config, self.fetch, self.steps, self.device = config, fetch, steps, device
         self.lanes = RankLanes(layout, rank, world_size)
         self.world_size = world_size
-        self.walk = Walk(self.lanes, config.skip, device) if config.skip else None
+        self.walk: Walk | None = None
+        self.follow(config.skip.rule(self.lanes, device) if config.skip else None)
         self.passed = 0  # samples of this rank's lanes that were offered or skipped, in all visits
         self.bad: Counter[str] = Counter()  # of this rank, since the start
         self.counted: Counter[str] = Counter()  # of all ranks, up to the newest checkpoint
@@ -84,6 +85,11 @@ class DataModule:
         self._iterator: Iterator[Batch] | None = None
         self._ahead: Batch | None = None
 
+    def follow(self, rule: Rule | None) -> None:
+        """Before it starts: samples that `rule` passes over are not read; None changes nothing. Raises ConfigError as Limits.check does."""
+        if rule is not None:
+            self.walk = Walk(self.lanes, rule, self.device)
+
     @property
     def offered(self) -> int:
         """Rows of one rank, up to and with the batch last returned."""
@@ -91,21 +97,21 @@ class DataModule:
 
     @property
     def visit(self) -> float:
-        """How often a sample was offered or skipped, on average; with data.skip of this rank's samples."""
+        """How often a sample was offered or skipped, on average; of this rank's samples where some are skipped."""
         plan = self.lanes.layout
         return self.passed / self.lanes.num_samples if self.walk else self.step * plan.batch / plan.num_samples
 
     def note(self, batch: Batch, selection: Selection) -> None:
-        """Takes notice of a choice that the selector made; nothing to do without data.skip."""
+        """Takes notice of a choice that the selector made; nothing to do without a rule."""
         if self.walk:
-            self.walk.note(batch, selection)
+            self.walk.rule.note(batch, selection)
 
     def start(self) -> None:
         """Begins to read, unless that was done."""
         if self._iterator is None:
             requests: Any = _Requests(self.lanes, self.step, self.steps)
             if self.walk:
-                self.passed = self.walk.begin()
+                self.passed = self.walk.begin(self.step)
                 requests = (self.walk.next() for _ in range(self.step, self.steps))
             self._iterator = batches(self.fetch, requests, self.config.workers, self.config.prefetch, self.device.type == "cuda")
             self._ahead = self._advance(None)
@@ -121,7 +127,7 @@ class DataModule:
         if batch is None:
             raise self.trouble or StopIteration(f"the data module was made for {self.steps} steps")
         if self.walk:
-            self.walk.advance()
+            self.walk.advance(self.step)
         self._ahead = self._advance(batch)
         self.step += 1
         self.passed += len(batch) + batch.skipped

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.data.cache import ShardCache
@@ -60,7 +60,9 @@ class DataConfig(Strict):
     lanes: int | None = Field(None, ge=1, description="None: the largest power of two that divides the batch, at most 1,024")
     groups: int = Field(8, ge=1, description="selection groups; top-k is taken inside each")
     window: int = Field(4, ge=1, description="shards that are shuffled together")
-    skip: SkipConfig | None = Field(None, description="pass over what was rejected again and again, before it is read; null: read everything")
+    skip: SkipConfig | None = Field(
+        None, description="pass over what was rejected again and again, before it is read; null: read everything"
+    )
     workers: int = Field(2, ge=0, description="loader processes of each rank")
     prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
     cache: str | None = Field(
@@ -70,16 +72,6 @@ class DataConfig(Strict):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="share of undecodable samples, of those that one rank reads, that stops the run"
     )
-
-    @model_validator(mode="after")
-    def _looks_far_enough(self) -> "DataConfig":
-        ahead = self.workers * self.prefetch + 1
-        if self.skip and self.skip.lookahead < ahead:
-            raise ValueError(
-                f"skip.lookahead: {self.skip.lookahead}, but {self.workers} workers x {self.prefetch} batches are asked for {ahead} steps ahead; lower "
-                f"workers or prefetch, or set skip.lookahead to {ahead} or more (in a new run: it decides the order)"
-            )
-        return self
 
     @property
     def pool(self) -> int:

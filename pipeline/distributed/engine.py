@@ -59,6 +59,7 @@ class Trained(NamedTuple):
     terms: dict[str, Tensor]
     grad_norm: Tensor
     cosine: Tensor | None = None  # float32 [k], see StepOutput
+    per_sample: Tensor | None = None  # float32 [k], see StepOutput
 
 
 class Engine:
@@ -134,7 +135,7 @@ class Engine:
         norm = self._update()
         self.raw.after_step()
         self.adversaries.train(out.adversary)
-        return Trained(out.loss.detach(), out.terms, norm, out.cosine)
+        return Trained(out.loss.detach(), out.terms, norm, out.cosine, out.per_sample)
 
     def synchronised(self, last: bool) -> AbstractContextManager:
         """Around a forward and its backward: ranks exchange gradients on the last one of a step only (DDP; ZeRO is told in `backward`)."""

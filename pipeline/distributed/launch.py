@@ -1,7 +1,9 @@
-"""Starts accelerate, alone or with DeepSpeed, and checks that it started what the run's YAML asks for."""
+"""Starts accelerate, alone or with DeepSpeed, and checks that it started what the run's YAML asks for; what is it that runs, and where."""
 
+import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -134,3 +136,13 @@ def describe_device(device: torch.device) -> str:
     except OSError:
         pass  # not Linux; the machine's architecture will do
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout this code runs from; in a copy of it, as `slurm.launch` makes one, what launch.json in the run folder says."""
+    root = Path(__file__).parent.parent.parent
+    if (root / ".git").exists():
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return found.stdout.strip() or None
+    launched = folder / "launch.json"
+    return json.loads(launched.read_text(encoding="utf-8")).get("commit") if launched.is_file() else None

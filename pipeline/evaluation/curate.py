@@ -88,6 +88,8 @@ def _history(folder: Path, config: Any, sources: Sources) -> tuple[np.ndarray, n
     data = config.data
     lanes = RankLanes(layout(sources.shapes, data.pool, data.lanes, data.groups, data.window, config.seed), 0, 1)
     table = checkpoint.read_lanes(found[0], lanes)
+    if config.selector.learns:  # its table holds losses, and rows with other negatives beside them at each visit
+        return score, visits, selected, "nothing"
     visits[lanes.ids] = table["visits"].numpy()
     score[lanes.ids] = np.where(table["visits"].numpy() > 0, table["score"].numpy(), np.nan)
     return score, visits, selected, "the history in the newest checkpoint's score table"

@@ -29,6 +29,10 @@ class ObjectiveConfig(Component):
         """Whether it wants the scoring embeddings of the candidates that were not chosen, as `batch.unselected`."""
         return False
 
+    def per_sample(self) -> bool:
+        """Whether it tells the loss of each row, as `Objective.per_sample`."""
+        return False
+
     def build(self) -> "Objective":
         """The objective of this config."""
         raise TypeError(f"{type(self).__module__}.Config must define build()")
@@ -44,6 +48,7 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.telemetry: dict[str, Tensor] = {}  # scalars of the last forward for the record, detached; their mean over ranks is shown
+        self.per_sample: Tensor | None = None  # float32 [k], each row's loss in the last forward, not weighted, detached; NaN: it has none
         self.adversary_inputs: dict[str, Tensor] = {}  # detached rows of the last forward that adversary() trains on
 
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:

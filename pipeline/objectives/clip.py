@@ -27,6 +27,9 @@ class Config(ObjectiveConfig):
     def rejected(self) -> bool:
         return self.negatives == "all"
 
+    def per_sample(self) -> bool:
+        return True
+
     def build(self) -> "Clip":
         return Clip(self.impl)
 
@@ -45,11 +48,15 @@ class Clip(Objective):
         image, text, rest = features["image"], features["text"], batch.unselected
         weights = selection.weight("clip", batch.valid)
         if rest is None:
-            return clip_loss(image, text, features["scale"], weights=weights, comm=comm, impl=self.impl).loss
+            found = clip_loss(image, text, features["scale"], weights=weights, comm=comm, impl=self.impl)
+            self.per_sample = found.per_sample
+            return found.loss
 
         def columns(own: Tensor, others: Tensor) -> Tensor:
             return torch.cat([comm.gather(own), comm.gather(others.to(own.dtype))])
 
         sides = columns(image, rest["image"]), columns(text, rest["text"])
         weights = columns(weights, rest["valid"])
-        return clip_loss(image, text, features["scale"], columns=sides, offset=comm.rank * len(image), weights=weights, impl=self.impl).loss
+        found = clip_loss(image, text, features["scale"], columns=sides, offset=comm.rank * len(image), weights=weights, impl=self.impl)
+        self.per_sample = found.per_sample
+        return found.loss

@@ -1,5 +1,6 @@
 """Classification of labelled rows, on logits that a tower gives or through a linear head of its own."""
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +30,9 @@ class Config(ObjectiveConfig):
     def fields(self) -> tuple[str, ...]:
         return (self.label, *([self.present] if self.present else []))
 
+    def per_sample(self) -> bool:
+        return True
+
     def build(self) -> "CrossEntropy":
         if (self.classes is None) != (self.width is None):
             raise ConfigError("objectives: cross_entropy: a head needs both `classes` and `width`; without a head leave both out")
@@ -57,4 +61,5 @@ class CrossEntropy(Objective):
             )
         self.telemetry = {"accuracy": Used.of(weight, comm).mean((logits.argmax(1) == label).float())}
         each = F.cross_entropy(logits, known, reduction="none", label_smoothing=c.smoothing)
+        self.per_sample = each.detach().masked_fill(weight == 0, torch.nan)
         return (each * weight).mean()

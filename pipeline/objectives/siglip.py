@@ -19,6 +19,9 @@ class Config(ObjectiveConfig):
     def reads(self) -> tuple[str, ...]:
         return ("image", "text", "scale")
 
+    def per_sample(self) -> bool:
+        return True
+
     def build(self) -> "Siglip":
         return Siglip(self.impl, self.bias)
 
@@ -34,4 +37,6 @@ class Siglip(Objective):
     def forward(self, features: dict[str, Tensor], batch: Batch, selection: Selection, comm: Comm) -> Tensor:
         image, text = features["image"], features["text"]
         weights = selection.weight("siglip", batch.valid)
-        return siglip_loss(image, text, features["scale"], self.bias, weights=weights, comm=comm, impl=self.impl).loss
+        found = siglip_loss(image, text, features["scale"], self.bias, weights=weights, comm=comm, impl=self.impl)
+        self.per_sample = found.per_sample
+        return found.loss

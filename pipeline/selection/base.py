@@ -1,8 +1,8 @@
 """What a selector is: it sees one selection group at a time and says which rows are trained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pipeline.config import Component
 from pipeline.data.sources import Sources
+from pipeline.data.walk import Limits, Rule
 from pipeline.hashing import hash_ids
 from pipeline.kernels.score import top_k
+from pipeline.objectives.base import ObjectiveConfig
 from pipeline.selection.rate import Rate, RateSchedule
 from pipeline.selection.scores import ScoreTable
-from pipeline.types import Candidates, Selection
+from pipeline.types import Batch, Candidates, Selection
 
 __all__ = ["Candidates", "Selection", "Selector", "SelectorConfig"]
 
@@ -34,6 +36,21 @@ class SelectorConfig(Component):
         description="visits of every sample before selection starts; auto: until the spread of the scores has peaked, at most half of the run",
     )
     warmup_data: Literal["all", "subset"] = Field("all", description="train on all rows in warm-up, or on a random subset at the same rate")
+
+    learns: ClassVar[bool] = False  # whether its table holds losses of training, which Selector.learn is told, and no scores
+
+    def passes_over(self) -> Limits | None:
+        """What the lanes pass over before it is read, by the rule of its selector; None: nothing."""
+        return None
+
+    def fits(self, objectives: Mapping[str, ObjectiveConfig]) -> None:
+        """Raises ValueError where it learns from the loss of each row, and not exactly one objective tells it."""
+        told = [name for name, objective in objectives.items() if objective.per_sample()]
+        if self.learns and len(told) != 1:
+            raise ValueError(
+                f"selector.name: {self.name} judges a sample by its loss in training, and {'none' if not told else 'more than one'} of the objectives tells "
+                f"the loss of each row ({', '.join(told or objectives)}); clip, siglip and cross_entropy do. Use exactly one of these, or another selector"
+            )
 
     def rate_at(self, visits: float) -> float:
         """The rate that many visits after warm-up; math.inf: the last one."""
@@ -80,6 +97,14 @@ class Selector(ABC):
     def in_warmup(self, step: int) -> bool:
         """Whether selection has not started yet."""
         return step < self.warmup_steps
+
+    def rule(self, steps: int) -> Rule | None:
+        """What the lanes of its samples pass over in a run of `steps`, where `config.passes_over()` says that they do."""
+        return None
+
+    def learn(self, batch: Batch, loss: Tensor | None) -> None:
+        """After each training step: the rows that were trained, and the loss float32 [k] of each in it, where one objective tells it."""
+        return
 
     def judge(self, skewness: float, kurtosis: float) -> str:
         """Decides by the shape of the distribution of all histories: standardised third and fourth moment, 3 for a Gaussian; equal on

@@ -53,6 +53,7 @@ class GroupSelector:
             step=step,
             image=features["image"][at] if features and "image" in features else None,
             text=features["text"][at] if features and "text" in features else None,
+            weight=None if batch.weight is None else batch.weight[at],
         )
 
 
@@ -83,6 +84,7 @@ class GlobalSelector(GroupSelector):
         cosine = _cosine(features)
         mine = self.group(batch, features, cosine, step, slice(0, rows))
         columns = {"sample": mine.sample, "valid": mine.valid} | {name: getattr(mine, name) for name in self.selector.needs(step)}
+        columns |= {} if mine.weight is None else {"weight": mine.weight}
         table, own = self.selector.scores, self.selector.scores.state_dict()
         whole = gather_columns(columns | {f"table {name}": column[batch.slot] for name, column in own.items()}, self.comm)
         slot = _slots(whole["sample"])

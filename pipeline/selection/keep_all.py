@@ -6,6 +6,10 @@ from pipeline.selection.base import Candidates, Selection, Selector, SelectorCon
 class Config(SelectorConfig):
     """No settings of its own; `rate` is not read."""
 
+    def rate_at(self, visits: float) -> float:
+        """Every candidate is trained."""
+        return 1.0
+
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "KeepAll":
         """See SelectorConfig.build."""
         return KeepAll(self, num_samples, warmup_steps, seed)

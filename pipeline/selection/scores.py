@@ -11,7 +11,7 @@ __all__ = ["ScoreTable"]
 
 
 class ScoreTable:
-    """Five bytes a sample. `score` float32 [N] on the 100 cos scale, `visits` uint8 [N]: scored visits, 255 standing for more.
+    """Five bytes a sample. `score` float32 [N] on the 100 cos scale (of a selector that `learns`: its loss), `visits` uint8 [N]: scored visits, 255 standing for more.
 
     A sample whose visits are 0 has no history and its score means nothing. Rows are a rank's own: see ARCHITECTURE, Lanes.
     """

@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SAVES, SKIPS, Child, Launcher, arguments, assert_same_end, last_checkpoint, losses, selection_log, skipped, wait_for
+from tests.runs import (
+    PRUNES,
+    SAVES,
+    SKIPS,
+    Child,
+    Launcher,
+    arguments,
+    assert_same_end,
+    last_checkpoint,
+    losses,
+    selection_log,
+    skipped,
+    wait_for,
+)
 
 
 def steps_done(run: Path) -> int:
@@ -99,14 +112,14 @@ def test_a_run_killed_twenty_times_ends_like_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("rule", "share", "workers"), [(SKIPS, 0.4, 0), (SKIPS, 0.4, 2), (PRUNES, 0.2, 2)])
 def test_a_killed_run_that_skips_ends_like_an_uninterrupted_one(
-    launcher: Launcher, icons_small: Path, tmp_path: Path, workers: int
+    launcher: Launcher, icons_small: Path, tmp_path: Path, rule: tuple[str, ...], share: float, workers: int
 ) -> None:
     run, expected = tmp_path / "run", tmp_path / "expected"
-    launcher.run(arguments(icons_small, expected, *SAVES, *SKIPS, "data.workers=0"))
-    hit = killed_run(launcher, arguments(icons_small, run, *SAVES, *SKIPS, f"data.workers={workers}"), run, 5, seed=200 + workers)
-    assert hit["resumed"] >= 1 and skipped(run) > 0.4
+    launcher.run(arguments(icons_small, expected, *SAVES, *rule, "data.workers=0"))
+    hit = killed_run(launcher, arguments(icons_small, run, *SAVES, *rule, f"data.workers={workers}"), run, 5, seed=200 + workers)
+    assert hit["resumed"] >= 1 and skipped(run) > share
     compare(run, expected)
 
 

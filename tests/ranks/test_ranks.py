@@ -20,6 +20,7 @@ from pipeline.selection.groups import GroupSelector
 from pipeline.types import Batch
 from tests.runs import (
     DEBUG,
+    PRUNES,
     SKIPS,
     Launcher,
     arguments,
@@ -39,7 +40,7 @@ def assert_same_choices(one: Path, other: Path) -> None:
     here, there = columns(selection_log(one)), columns(selection_log(other))
     for name in ("step", "visit", "sample", "kept"):
         assert np.array_equal(here[name], there[name]), name
-    assert np.allclose(here["score"], there["score"], rtol=1e-4, atol=1e-3)
+    assert np.allclose(here["score"], there["score"], rtol=1e-4, atol=1e-3, equal_nan=True)
     a, b = np.array(losses(one)), np.array(losses(other))
     assert a.shape == b.shape and np.abs(a - b).max() < 1e-4
 
@@ -132,16 +133,19 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(
 
 
 @pytest.mark.slow
-def test_a_run_that_skips_is_the_same_on_two_ranks_and_goes_on_with_one(launcher: Launcher, icons_small: Path, tmp_path: Path) -> None:
-    launcher.run(arguments(icons_small, tmp_path / "one", *SKIPS))
-    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "two", *SKIPS), free_port()):
+@pytest.mark.parametrize(("rule", "share"), [(SKIPS, 0.4), (PRUNES, 0.2)])
+def test_a_run_that_skips_is_the_same_on_two_ranks_and_goes_on_with_one(
+    launcher: Launcher, icons_small: Path, tmp_path: Path, rule: tuple[str, ...], share: float
+) -> None:
+    launcher.run(arguments(icons_small, tmp_path / "one", *rule))
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "two", *rule), free_port()):
         child.finish()
-    assert skipped(tmp_path / "one") > 0.4
+    assert skipped(tmp_path / "one") > share
     for source, name in (("two", "two then one"), ("one", "one then two")):
         shutil.copytree(tmp_path / source, tmp_path / name)
         shutil.rmtree(last_checkpoint(tmp_path / name))
-    launcher.run(arguments(icons_small, tmp_path / "two then one", *SKIPS))
-    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "one then two", *SKIPS), free_port()):
+    launcher.run(arguments(icons_small, tmp_path / "two then one", *rule))
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "one then two", *rule), free_port()):
         child.finish()
     for name in ("two", "two then one", "one then two"):
         assert_same_choices(tmp_path / "one", tmp_path / name)

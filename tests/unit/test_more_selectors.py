@@ -12,7 +12,7 @@ import torch
 from pipeline.config import ConfigError, parse
 from pipeline.data.sources import DataConfig, Sources
 from pipeline.distributed import checkpoint
-from pipeline.selection import dissect, info_batch, jest, random, rho_loss, scan
+from pipeline.selection import dissect, jest, random, rho_loss, scan
 from pipeline.selection.groups import GroupSelector
 from pipeline.selection.rate import RateSchedule
 from pipeline.teachers.cached import FORMAT, write_part
@@ -33,36 +33,6 @@ def test_scan_draws_from_between_the_ends_and_fills_up_from_them() -> None:
     assert set(range(4, 18)) < set(selector.select(group(keep=17, cosine=cosine)).rows.tolist())
     refused = torch.arange(ROWS) >= 10  # the quantiles are of the rows that count
     assert set(selector.select(group(keep=7, cosine=cosine, valid=refused)).rows.tolist()) == set(range(12, 19))
-
-
-def test_info_batch_is_unbiased_over_its_lots() -> None:
-    """The weighted sum over the kept rows is the sum over all rows, on average over steps."""
-    loss = torch.cat([torch.full((14,), 0.5), torch.full((6,), 3.0)])
-    value = torch.arange(ROWS, dtype=torch.float32)
-    selector, sums = info_batch.Config().build(ROWS), []
-    for step in range(4000):
-        chosen = selector.select(group(step, loss=loss))
-        assert set(range(14, 20)) <= set(chosen.rows.tolist())
-        assert chosen.weights["clip"].tolist() == [14 / 4 if row < 14 else 1.0 for row in chosen.rows.tolist()]
-        sums.append((chosen.weights["clip"] * value[chosen.rows]).sum())
-    assert torch.stack(sums).mean().item() == pytest.approx(value.sum().item(), rel=0.01)
-
-
-def test_info_batch_anneals_to_random_rows_without_weights() -> None:
-    selector = info_batch.Config(until=5).build(ROWS)
-    assert selector.needs(4) == {"loss"} and not selector.needs(5)
-    chosen = [selector.select(group(step)) for step in range(5, 45)]
-    assert not any(one.weights for one in chosen) and len({row for one in chosen for row in one.rows.tolist()}) == ROWS
-
-
-def test_weights_of_the_groups_are_joined_in_order() -> None:
-    selector = GroupSelector(info_batch.Config().build(2 * ROWS), size=ROWS, keep=16)
-    ids = torch.arange(2 * ROWS)
-    batch = Batch(ids, ids, torch.zeros_like(ids), torch.ones(2 * ROWS, dtype=torch.bool), {})
-    generator = torch.Generator().manual_seed(0)
-    image, text = torch.nn.functional.normalize(torch.randn(2, 2 * ROWS, 8, generator=generator), dim=2)
-    chosen, _ = selector.select(batch, {"image": image, "text": text, "scale": torch.tensor([10.0])}, 0)
-    assert chosen.weights["clip"].shape == chosen.rows.shape == (32,) and (chosen.weights["clip"] != 1).any()
 
 
 def test_rho_loss_ranks_by_what_is_left_over_the_reference(tmp_path: Path) -> None:

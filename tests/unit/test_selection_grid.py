@@ -82,7 +82,6 @@ def test_a_matched_cell_keeps_its_first_visits_and_no_other_settings(tmp_path: P
     "override",
     [
         "scoring.precision=fp16",
-        "data.skip={lookahead: 8}",
         "init_from={run: elsewhere, towers: {student: student}}",
     ],
 )
@@ -108,8 +107,16 @@ def test_what_changes_from_visit_to_visit_is_not_decoded_once(icons_small: Path,
         run(load(RunConfig, DEBUG, ["engine.precision=fp32", f"out={tmp_path / 'run'}", *data]))
 
 
+SKIPPED = "data.skip={share: 0.5, after_visits: 1, lookahead: 5}"
+
+
 @pytest.mark.parametrize(
-    "options", [["scoring.every=2", "scoring.precision=bf16"], ["objectives.clip.negatives=all", "selector.warmup_visits=1"]]
+    "options",
+    [
+        ["scoring.every=2", "scoring.precision=bf16"],
+        ["objectives.clip.negatives=all", "selector.warmup_visits=1", SKIPPED],
+        ["selector={name: info_batch, lookahead: 5}", "visits=5"],
+    ],
 )
 def test_the_grid_in_memory_gives_what_a_run_gives(options: list[str], icons_small: Path, tmp_path: Path) -> None:
     _, path, *given = arguments(icons_small, tmp_path / "run", "visits=3", *options)

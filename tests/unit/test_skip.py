@@ -15,8 +15,9 @@ from pipeline.data.decode import ImageDecoder, Resize
 from pipeline.data.fetch import Fetch
 from pipeline.data.lanes import Layout, RankLanes, Rows, SourceShape, layout
 from pipeline.data.loader import DataModule
-from pipeline.data.skip import SkipConfig, Walk, passed_over
+from pipeline.data.skip import SkipConfig, passed_over
 from pipeline.data.sources import DataConfig, Sources
+from pipeline.data.walk import Walk
 from pipeline.hashing import hash_ids
 from pipeline.run import RunConfig
 from pipeline.types import Batch, Selection
@@ -101,8 +102,9 @@ def cases(draw: Any) -> tuple[Layout, SkipConfig]:
 @given(cases(), st.sampled_from([1, 2, 4]))
 def test_the_walk_is_that_of_a_loader_that_decodes_everything_on_any_number_of_ranks(case: tuple[Layout, SkipConfig], ranks: int) -> None:
     plan, config = case
-    walks = [Walk(RankLanes(plan, rank, ranks), config, torch.device("cpu")) for rank in range(ranks)]
-    assert sum(walk.begin() for walk in walks) == 0
+    lanes, cpu = [RankLanes(plan, rank, ranks) for rank in range(ranks)], torch.device("cpu")
+    walks = [Walk(mine, config.rule(mine, cpu), cpu) for mine in lanes]
+    assert sum(walk.begin(0) for walk in walks) == 0
     plain, skipped = DecodesEverything(plan, config), 0
     for step in range(plan.steps_for(config.after_visits + config.rescore_visits)):
         parts, expected = [bare(walk.next()) for walk in walks], plain.rows()
@@ -111,8 +113,8 @@ def test_the_walk_is_that_of_a_loader_that_decodes_everything_on_any_number_of_r
         kept = np.zeros(len(sample), bool)
         kept[choose(liked(sample, step))] = True
         for walk, part, mine in zip(walks, parts, np.split(kept, ranks)):
-            walk.advance()
-            walk.note(part, Selection(torch.from_numpy(np.flatnonzero(mine))))
+            walk.advance(step)
+            walk.rule.note(part, Selection(torch.from_numpy(np.flatnonzero(mine))))
         plain.note([slot for slot, _, _ in expected], kept.tolist())
         skipped += sum(part.skipped for part in parts)
     assert skipped
@@ -196,8 +198,8 @@ def test_two_ranks_go_on_as_one(module: Callable[..., DataModule]) -> None:
 
 
 def test_what_cannot_be_is_refused_with_a_way_out(module: Callable[..., DataModule]) -> None:
-    with pytest.raises(ConfigError, match=r"skip.lookahead: 4, but 2 workers x 2 batches are asked for 5 steps ahead"):
-        module(workers=2, prefetch=2)
+    with pytest.raises(ConfigError, match=r"data.skip.lookahead: 4, but 2 workers x 2 batches are asked for 5 steps ahead"):
+        load(RunConfig, DEBUG, ["data.skip={lookahead: 4}", "data.workers=2", "data.prefetch=2"])
     with pytest.raises(ConfigError, match=r"share 0.9 leaves 5 samples of the smallest lane for a visit; a batch takes 8"):
         module(skip=SKIP | {"share": 0.9})
     with pytest.raises(ConfigError, match=r"in lookahead 40 steps a lane may pass 7 visits"):
