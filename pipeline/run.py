@@ -31,9 +31,8 @@ from pipeline.distributed.saver import Saver
 from pipeline.distributed.stop import Stop, StopConfig
 from pipeline.distributed.views import View
 from pipeline.distributed.watchdog import Watchdog, WatchdogConfig
-from pipeline.evaluation.evaluate import EvaluationConfig, Periodic
-from pipeline.evaluation.student import classifies
-from pipeline.evaluation.watched import PeriodicStudent
+from pipeline.evaluation.evaluate import EvaluationConfig
+from pipeline.evaluation.watched import watcher
 from pipeline.objectives.base import ObjectiveConfig
 from pipeline.record.metrics import Record, RecordConfig
 from pipeline.selection.base import SelectorConfig
@@ -192,8 +191,8 @@ def _wire(config: RunConfig, accelerator: Any, home: Home) -> Trainer:
     scoring = Scoring(config.scoring, engine, groups, data.lanes, config.seed, rejected, Watch(selector, comm, plan.steps_for, folder))
     trainer = Trainer(folder, steps, data, groups, scoring, engine, record, stop, saver, facts, watchdog, teachers)
     if config.evaluation.every and config.evaluation.data:
-        kind, plain = PeriodicStudent if classifies(config.towers) else Periodic, make_decoders(config, folder, train=False)
-        trainer.evaluate = together(comm, lambda: kind(config, folder, engine, record, sources, plain))
+        plain = make_decoders(config, folder, train=False)
+        trainer.evaluate = together(comm, lambda: watcher(config.towers)(config, folder, engine, record, sources, plain))
         trainer.evaluate_every = config.evaluation.every
     if comm.rank == 0:
         describe(folder, config, sources, plan, engine, steps, warmup)

@@ -197,11 +197,6 @@ class Periodic:
 
     def __init__(self, config: Any, folder: Path, engine: Any, record: Any, sources: Sources, decoders: dict[str, Decoder]) -> None:
         self.config, self.folder, self.engine, self.record, self.decoders = config.evaluation, folder, engine, record, decoders
-        if own_measure(config.towers) not in (None, measure_student):
-            raise ConfigError(
-                "evaluation.every: a student that segments or relates items is evaluated at the end, by python -m pipeline evaluate, as is one "
-                "that names its own figures; set it to 0"
-            )
         self.together = engine.stage == 3  # no rank has the weights alone: all encode the same, rank 0 writes
         here = engine.comm.rank == 0 or self.together
         self.held = self.open(config, sources, decoders) if here else None

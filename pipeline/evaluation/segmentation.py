@@ -1,14 +1,20 @@
 """Segmentation: a confusion matrix over all pixels of held-out label maps, and mIoU, mean F1 and overall accuracy from it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.data.decode import Decoder
 from pipeline.data.errors import DataError
+from pipeline.data.fetch import Fetch
 from pipeline.data.maps import IGNORE
-from pipeline.evaluation.student import forwards
+from pipeline.data.sources import SourceConfig, Sources
+from pipeline.evaluation.evaluate import Periodic
+from pipeline.evaluation.student import forwards, whole
 from pipeline.task import MAIN
+from pipeline.types import Batch
 
 
 def confusion(logits: Tensor, label: Tensor) -> Tensor:
@@ -43,16 +49,37 @@ def scores(matrix: Tensor) -> dict[str, Any]:
 def measure(run: Any, url: str, *, batch: int = 64, workers: int = 2) -> dict[str, Any]:
     """Figures of every sensor of the student on held-out shards, `segmentation: {<sensor>: scores}`. `run`: a pipeline.run.TrainedRun.
     Raises ConfigError, DataError."""
-    tower = run.config.towers[MAIN]
-    matrices: dict[str, Tensor] = {}
-    images = 0
-    for rows, found in forwards(run, [url], batch=batch, workers=workers):
+    images, matrices = add_up(run.config.towers[MAIN], forwards(run, [url], batch=batch, workers=workers))
+    return {"images": images, "segmentation": {name: scores(matrix) for name, matrix in matrices.items()}}
+
+
+def add_up(tower: Any, found: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
+    """How many samples could be read, and the confusion matrix of each sensor, from batches and the features of them. Raises DataError where
+    no pixel has a label."""
+    images, matrices = 0, dict.fromkeys(tower.sensors, torch.zeros(tower.classes, tower.classes, dtype=torch.long))
+    for rows, features in found:
         images += int(rows.valid.sum())
         for name in tower.sensors:
-            one = confusion(found[f"{name}.logits"][rows.valid], rows.fields[tower.label][rows.valid])
-            matrices[name] = matrices.get(name, 0) + one.cpu()
+            matrices[name] = matrices[name] + confusion(features[f"{name}.logits"][rows.valid], rows.fields[tower.label][rows.valid]).cpu()
     if not all(matrix.sum() for matrix in matrices.values()):
-        raise DataError(
-            f"{url}: no pixel has a label in the field {tower.label!r}; give held-out shards with members {tower.label}.png or .npy"
-        )
-    return {"images": images, "segmentation": {name: scores(matrix) for name, matrix in matrices.items()}}
+        raise DataError(f"no held-out pixel has a label in the field {tower.label!r}; give shards with members {tower.label}.png or .npy")
+    return images, matrices
+
+
+class Watched(Periodic):
+    """The mean IoU over sensors, `miou`, and that of each, `<sensor>_miou`. Costs a forward of all towers over the held-out shards."""
+
+    def open(self, config: Any, sources: Sources, decoders: dict[str, Decoder]) -> Fetch:
+        """Raises ConfigError, DataError."""
+        self.tower = config.towers[MAIN]
+        read = (*self.tower.sensors, self.tower.label)
+        modalities = {name: config.data.modalities[name] for name in read if name in config.data.modalities}
+        held = config.data.model_copy(update={"sources": [SourceConfig(url=config.evaluation.data)], "modalities": modalities})
+        return Fetch(Sources.open(held), {name: decoders[name] for name in read}, seed=None)
+
+    def figures(self) -> dict[str, float]:
+        """Shares in [0, 1]."""
+        rows = (rows.to(self.engine.device) for rows in whole(self.held, self.config.batch, self.config.workers))
+        _, matrices = add_up(self.tower, ((batch, self.engine.features(batch)) for batch in rows))
+        each = {name: scores(matrix)["miou"] for name, matrix in matrices.items()}
+        return {"miou": sum(each.values()) / len(each)} | {f"{name}_miou": value for name, value in each.items()}

@@ -23,6 +23,12 @@ def classifies(towers: dict[str, Any]) -> bool:
     return "logits" in towers[MAIN].gives()
 
 
+def whole(fetch: Fetch, batch: int, workers: int) -> Iterator[Batch]:
+    """Batches of all samples in their order."""
+    every = np.arange(fetch.sources.num_samples)
+    return batches(fetch, [Rows(part, part, np.zeros_like(part)) for part in np.split(every, range(batch, len(every), batch))], workers)
+
+
 @torch.inference_mode()
 def forwards(
     run: Any, urls: Sequence[str], *, tower: str = MAIN, batch: int = 256, workers: int = 2
@@ -37,10 +43,8 @@ def forwards(
     read = {name: data.modalities[name] for name in config.reads() if name in data.modalities}
     sources = Sources.open(data.model_copy(update={"sources": [SourceConfig(url=url) for url in urls], "modalities": read}))
     fetch = Fetch(sources, config.decoders(run.folder, train=False), seed=None)
-    every = np.arange(sources.num_samples)
-    requests = [Rows(part, part, np.zeros_like(part)) for part in np.split(every, range(batch, len(every), batch))]
     precision = run.config.engine
-    for rows in batches(fetch, requests, workers):
+    for rows in whole(fetch, batch, workers):
         rows = rows.to(run.device)
         with torch.autocast(run.device.type, precision.dtype, enabled=precision.precision != "fp32"):
             found = model(rows.fields)

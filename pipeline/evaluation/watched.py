@@ -1,24 +1,36 @@
-"""A student that classifies, watched while it trains: its accuracy on held-out shards, and whether the teacher beside it goes weak."""
+"""What evaluates which student while it trains; and of one that classifies its accuracy on held-out shards, and whether the teacher beside it
+goes weak."""
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.data.decode import Decoder
 from pipeline.data.fetch import Fetch
-from pipeline.data.lanes import Rows
-from pipeline.data.loader import batches
 from pipeline.data.sources import DataConfig, ModalityConfig, SourceConfig, Sources
 from pipeline.evaluation.evaluate import Periodic
 from pipeline.evaluation.recognition import linear_probe, recognition
+from pipeline.evaluation.student import classifies, whole
 from pipeline.task import MAIN
 from pipeline.towers.base import TowerConfig
 from pipeline.types import Batch
+
+
+def watcher(towers: dict[str, TowerConfig]) -> type[Periodic]:
+    """What `evaluation.every` does with this student. Raises ConfigError for one that is evaluated at the end alone."""
+    if module := towers[MAIN].measured_by():
+        if own := getattr(importlib.import_module(module), "Watched", None):
+            return own
+        raise ConfigError(
+            f"evaluation.every: {towers[MAIN].name} is evaluated at the end, by python -m pipeline evaluate: {module} has no class Watched; "
+            f"set it to 0"
+        )
+    return PeriodicStudent if classifies(towers) else Periodic
 
 
 def auxiliary_fields(towers: dict[str, TowerConfig]) -> dict[str, tuple[str, ...]]:
@@ -73,9 +85,7 @@ class PeriodicStudent(Periodic):
         return figures
 
     def _batches(self) -> Iterator[Batch]:
-        every, size = np.arange(self.held.sources.num_samples), self.config.batch
-        requests = [Rows(part, part, np.zeros_like(part)) for part in np.split(every, range(size, len(every), size))]
-        return (batch.to(self.engine.device) for batch in batches(self.held, requests, self.config.workers))
+        return (batch.to(self.engine.device) for batch in whole(self.held, self.config.batch, self.config.workers))
 
     def _features(self, batch: Batch, fields: tuple[str, ...]) -> dict[str, Tensor]:
         """What all towers make of some fields alone."""

@@ -23,6 +23,7 @@ def series_of(runs: Sequence[Run], key: str) -> list[Series]:
 # what runs are evaluated at while they train: keys, title, axis, caption
 _EVALUATED = (
     (("zero_shot_top1", "zero_shot.top1", "top1"), "Zero-shot accuracy on the way", "zero-shot top-1", "On held-out images."),
+    (("miou",), "Mean IoU on the way", "mean IoU", "On held-out maps, the mean over the sensors."),
     (("accuracy",), "The student's accuracy on the way", "share right", "On held-out samples."),
     (
         ("teacher_auxiliary_probe",),

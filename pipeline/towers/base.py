@@ -52,7 +52,8 @@ class TowerConfig(Component):
 
     def measured_by(self) -> str | None:
         """A module whose `measure(run, url, *, batch, workers)` gives the figures of a run with this student on held-out shards, as values
-        for JSON (`run`: a pipeline.run.TrainedRun). None: by zero-shot and retrieval, or by classes where it gives logits."""
+        for JSON (`run`: a pipeline.run.TrainedRun), and whose class `Watched`, an evaluate.Periodic, if there is one, gives those of
+        evaluation.every. None: by zero-shot and retrieval, or by classes where it gives logits."""
         return None
 
     def untrained(self) -> "TowerConfig":

@@ -108,7 +108,7 @@ def test_what_an_item_run_cannot_do_is_said_before_training(pairs: Path, clip: P
     wired = config(pairs, tmp_path / "a", clip).model_copy(update={"towers": {"student": basic}})
     refused(wired, ConfigError, r"objectives.pairs reads \['visual', 'related_visual'\]")
     periodic = config(pairs, tmp_path / "b", clip, evaluation={"data": str(pairs), "every": 2, "workers": 0})
-    refused(periodic, ConfigError, "segments or relates items is evaluated at the end")
+    refused(periodic, ConfigError, "mlrm is evaluated at the end")
 
 
 def test_a_dry_run_counts_the_tower_without_any_file_of_weights(pairs: Path, clip: Path, tmp_path: Path) -> None:  # noqa: F811
