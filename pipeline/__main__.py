@@ -71,7 +71,7 @@ def train(args: argparse.Namespace) -> int:
     config = load(RunConfig, args.config, args.overrides)
     try:
         trainer, home = build(config)
-        with home:
+        with trainer.stop, home:  # what is left to write after the last step is written
             complete = trainer.fit()
             if trainer.engine.comm.rank == 0:
                 p = trainer.progress

@@ -82,7 +82,7 @@ class Trainer:
                     if self.evaluate and p.step % self.evaluate_every == 0:
                         with p.timed("evaluate"):
                             self.evaluate(p.step)
-                    stopping = self.stop.agreed(p.step)
+                    stopping = p.step < self.steps and self.stop.agreed(p.step)  # after the last step there is nothing to go on with
                     if stopping or p.step == self.steps or p.step % self.saver.config.every == 0:
                         with p.timed("save"):
                             self.save()

@@ -49,7 +49,7 @@ class TrainJob:
 
     def _train(self, env: JobEnvironment) -> None:
         from pipeline.__main__ import main
-        from pipeline.distributed.stop import listen
+        from pipeline.distributed.stop import ignore, listen
 
         inbox = listen()
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with every other signal; submitit would say so in each process
@@ -75,6 +75,8 @@ class TrainJob:
             leave(code)
         if inbox.agreed:
             hand_over(env, self.run, inbox.received)
+        if env.cluster != "debug":
+            ignore()
 
     def checkpoint(self) -> DelayedSubmission:
         """For submitit's own handler, which is in force until `_train` has replaced it: nothing has been done yet, start again."""

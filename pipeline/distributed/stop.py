@@ -49,10 +49,16 @@ def listen() -> Inbox:
     return _listening
 
 
+def ignore() -> None:
+    """From now on, also while the interpreter ends: nothing is left that a signal could stop, and an exit code is to say so."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
-    """Handlers for SIGTERM, SIGINT and SIGUSR2 while it is entered. `superseded` is asked on the rank that has it, now and then: a
-    sentence means that a newer start of this job waits for the run folder. `failed` is asked on every rank at every vote: whether
-    something beside the loop went wrong there, which the save that follows will tell all ranks."""
+    """Handlers for SIGTERM, SIGINT and SIGUSR2 while it is entered, which it may be within itself. `superseded` is asked on the rank that
+    has it, now and then: a sentence means that a newer start of this job waits for the run folder. `failed` is asked on every rank at
+    every vote: whether something beside the loop went wrong there, which the save that follows will tell all ranks."""
 
     def __init__(
         self,
@@ -64,14 +70,14 @@ class Stop:
         self.every, self.comm, self.superseded, self.failed = config.every, comm, superseded, failed
         self.inbox = _listening or Inbox()
         self._looked = time.monotonic()
-        self._before: dict[int, object] = {}
+        self._before: list[dict[int, object]] = []
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self.inbox.remember) for number in SIGNALS}
+        self._before.append({number: signal.signal(number, self.inbox.remember) for number in SIGNALS})
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.pop().items():
             signal.signal(number, handler)
 
     @property

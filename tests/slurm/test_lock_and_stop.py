@@ -14,7 +14,9 @@ from pipeline.distributed import stop
 from pipeline.distributed.comm import LocalComm
 from pipeline.distributed.lock import Lock
 from pipeline.distributed.stop import Stop, StopConfig, listen
+from pipeline.trainer import Trainer
 from slurm.notes import is_locked
+from tests.distill import config, train
 from tests.runs import ROOT, wait_for
 
 HOLDER = """
@@ -77,6 +79,22 @@ def test_a_signal_before_the_first_step_stops_after_it(monkeypatch: pytest.Monke
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_after_the_last_step_there_is_nothing_to_go_on_with(digits: Path, tmp_path: Path) -> None:
+    """A job that is complete is not queued again, and what is left to write is written."""
+
+    def told_at_the_end(trainer: Trainer) -> tuple[Stop, object]:
+        trainer.evaluate, trainer.evaluate_every = (lambda step: os.kill(os.getpid(), signal.SIGUSR2)), trainer.steps
+        return trainer.stop, signal.getsignal(signal.SIGUSR2)
+
+    asked, before = train(config(digits, tmp_path / "run"), told_at_the_end)
+    assert asked.received == "SIGUSR2" and not asked.inbox.agreed
+    with asked:
+        with asked:
+            pass
+        assert signal.getsignal(signal.SIGUSR2) == asked.inbox.remember
+    assert signal.getsignal(signal.SIGUSR2) == before
 
 
 def test_a_newer_start_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
