@@ -6,6 +6,7 @@ seconds instead of a minute, most of which went into decoding the same images at
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from pipeline.types import Batch, Selection, StepOutput
 
 class Run:
     """One cell. Raises ConfigError for what this loop does not have."""
+
+    stage, beside = 0, staticmethod(nullcontext)  # of Engine, as Scoring sees it
 
     def __init__(self, config: RunConfig) -> None:
         if config.engine.precision != "fp32" or config.teachers or config.init_from or config.scoring.precision == "fp16":
@@ -87,9 +90,13 @@ class Run:
         began, selector = time.process_time(), self.groups.selector
         if self.walk:
             self.walk.begin(0)
+        coming = self._batch(0)
         for step in range(self.steps):
-            batch = self._batch(step)
+            if self.walk:
+                self.walk.advance(step)
+            batch, coming = coming, self._batch(step + 1) if step + 1 < self.steps else None
             choice = self.scoring.choose(batch, step)
+            choice = self.scoring.ahead(choice, coming, step + 1)
             chosen = choice.selection
             trained = batch.take(chosen.rows, choice.features)
             out = self.step(trained, chosen, step)
@@ -104,10 +111,8 @@ class Run:
         return time.process_time() - began
 
     def _batch(self, step: int) -> Batch:
-        """The candidates of a step."""
+        """The candidates of a step, the next one of the walk where there is one."""
         rows = self.walk.next() if self.walk else self.lanes.rows(step)
-        if self.walk:
-            self.walk.advance(step)
         batch = self.samples.take(torch.from_numpy(rows.sample))
         batch.slot, batch.visit = torch.from_numpy(rows.slot), torch.from_numpy(rows.visit)
         batch.weight = None if rows.weight is None else torch.from_numpy(rows.weight)

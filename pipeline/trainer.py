@@ -99,6 +99,7 @@ class Trainer:
             batch = self.data.next()
         with p.timed("score"):
             choice = self.choose(batch)
+            choice = self.scoring.ahead(choice, self.data.peek(), p.step + 1)  # on a GPU beside what follows
         with p.timed("train"):
             chosen = choice.selection
             taught = self.teachers(batch.take(chosen.rows, choice.features, chosen.padding))
@@ -144,6 +145,7 @@ class Trainer:
         self.settle()
         p, comm = self.progress, self.engine.comm
         state = {"progress": asdict(p), "data": self.data.state_dict(comm), "warmup": self.scoring.watch.state_dict()}
+        state["scoring"] = {"ready": self.scoring.ready}
         self.saver.save(p.step, self.facts | state, self.files, first=lambda: self.record.flush(p.step))
 
     def check_data(self) -> None:
@@ -175,6 +177,7 @@ class Trainer:
             columns = checkpoint.read_lanes(folder, self.data.lanes)
             self.data.load_state_dict(state["data"], columns)
             self.scoring.load_state_dict(columns)
+            self.scoring.ready = state.get("scoring", {"ready": -1})["ready"]
             if "warmup" in state:
                 self.scoring.watch.load_state_dict(state["warmup"], self.engine.device)
             self.progress = Progress(**state["progress"])

@@ -134,6 +134,11 @@ class DataModule:
         self._count(batch)
         return batch
 
+    def peek(self) -> Batch | None:
+        """The batch that `next` will give, on its way to the device; None after the last one."""
+        self.start()
+        return self._ahead
+
     def _advance(self, shape: Batch | None) -> Batch | None:
         """The batch that comes next; after an error one like `shape` without valid rows."""
         if self.trouble is None:

@@ -16,7 +16,8 @@ from pipeline.config import Strict
 from pipeline.data.lanes import RankLanes
 from pipeline.distributed.host import Files, Host
 
-BEFORE = {"selector.classes": "two"}  # settings that came later, and what a checkpoint that does not know them was trained with
+# settings that came later, and what a checkpoint that does not know them was trained with
+BEFORE = {"selector.classes": "two", "scoring.ahead": False}
 FORMAT = 2  # 1: torch's optimizer.bin, which only the same number of ranks could read
 
 

@@ -1,8 +1,8 @@
 """Optimizer, precision and process wrapping, through accelerate. The trainer sees `features`, `step`, `files`, `load`."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -86,6 +86,7 @@ class Engine:
         self.task, self._stepper = accelerator.prepare(task, self.optimizer)
         self._names = {id(p): name for name, p in task.named_parameters()}
         self.parts = zero.parts(task, self.task, self.stage, comm.rank)
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.untracked: Callable[[], AbstractContextManager] = zero.scoring_trace(self.task) if self.stage == 3 else nullcontext
 
     def _check_accumulation(self, task: nn.Module) -> None:
@@ -114,6 +115,21 @@ class Engine:
                 return self.raw(batch, "features")
         finally:
             self.raw.train()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Around work that reads weights, on a GPU beside the training that is queued after it; what it finds is there once a step has updated
+        the weights. Its batch has to live as long; on a CPU it is done at once.
+
+        It sees what was queued before, and `_update` waits for it. Nothing else is shared: a stream reuses the memory that was taken on it,
+        and the casts that autocast keeps are gone at its end, before training's begins.
+        """
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            yield
 
     def step(self, batch: Batch, selection: Selection, step: int) -> Trained:
         """Forward, backward, clip, update on the selected rows. Waits for nothing."""
@@ -151,7 +167,9 @@ class Engine:
 
     @torch.no_grad()
     def _update(self) -> Tensor:
-        """Clips, steps, holds parameters to their bounds; gives the gradient's norm before clipping."""
+        """Clips, steps, holds parameters to their bounds; gives the gradient's norm before clipping. DeepSpeed too writes weights only here."""
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)  # what runs `beside` reads the weights as they were
         if self.config.zero is None:
             self.accelerator.unscale_gradients()
         if self.stage == 0:

@@ -30,8 +30,8 @@ def describe(scoring: Scoring, costs: tuple[float, float, float]) -> str:
     read = bool(selector.needs(selector.warmup_steps)) or scoring.negatives
     share = read * scored / forward / faster / every
     rate = 1.0 if selector.trains_all(selector.warmup_steps) else groups.keep(math.inf) / groups.size
-    needs, all_rows = scoring.needs(0), selector.trains_all(0)
-    free = not (needs or (scoring.negatives and not all_rows)) or (scoring.config.reuse and all_rows and needs == {"cosine"})
+    all_rows = selector.trains_all(0)
+    free = scoring.late(0) or not (scoring.needs(0) or (scoring.negatives and not all_rows))
     warm = 0.0 if free else scored / forward / faster
     return (
         f"scoring: a sample's scoring forward is {scored / forward:.2f} of its training forward in FLOP"
@@ -39,7 +39,15 @@ def describe(scoring: Scoring, costs: tuple[float, float, float]) -> str:
         + (f", every {every} visits" if every > 1 else "")
         + f"; a step is {(share + 3 * rate) / 3:.2f} of full training's (scoring {share / 3:.2f} + rate {rate:.2f})"
         + (f", in warm-up {(warm + 3 * (1.0 if all_rows else rate)) / 3:.2f}" if selector.in_warmup(0) else "")
+        + (f"; ahead: {_ahead(engine.device)}" if scoring.config.ahead and (share or warm) else "")
     )
+
+
+def _ahead(device: torch.device) -> str:
+    """What `scoring.ahead` is worth on this device; no FLOP is saved."""
+    if device.type == "cuda":
+        return "the same FLOP beside training, hidden where the GPU has room or waits for the other ranks"
+    return "nothing is hidden on a CPU, which does the same one after the other, by scores that are a step older"
 
 
 def agreement(scoring: Scoring, batch: Batch, step: int) -> float | None:

@@ -3,6 +3,7 @@
 Selection at rate r costs 3 r + c forwards a sample, where c is the scoring pass (cost.py counts it on the first batch): the options lower c.
 """
 
+import json
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline import kernels
 from pipeline.config import ConfigError, Strict
@@ -43,6 +45,11 @@ class ScoringConfig(Strict):
         False,
         description="trained rows take their score from the training forward (dropout included): a warm-up on all data needs no scoring pass",
     )
+    ahead: bool = Field(
+        False,
+        description="a batch is scored during the step before its own, with the weights before that step's update: on a GPU beside training, "
+        "on a CPU nothing is gained",
+    )
     micro_batch: int | None = Field(None, ge=1, description="rows of a rank that are scored at once; null: all")
 
     @model_validator(mode="after")
@@ -60,12 +67,13 @@ class Choice(NamedTuple):
     selection: Selection
     cosine: Tensor | None = None  # float32 [b], NaN where a last score stands in; None: nothing was scored
     features: dict[str, Tensor] | None = None  # of all b rows, for what wants the embeddings of rejected rows
-    scored: int = 0  # rows of this rank that were embedded
+    scored: int = 0  # rows of this rank that were embedded at this step, with `ahead` those of the next one
     late: bool = False  # the table is still to be told, from the training forward
 
 
 class Scoring:
-    """Chooses a rank's rows. Its only state is `last`, float32 [N]: the cosine that stands in where a sample is not scored at every visit.
+    """Chooses a rank's rows. Its state is `last`, float32 [N]: the cosine that stands in where a sample is not scored at every visit, or that
+    was found `ahead` of its step; and `ready`, the step of which all that it scores lies there already.
 
     Which lanes are scored at a step is arithmetic: after warm-up lane l in its visit v is scored when n divides v + l, so about one
     n-th of every batch is, whatever the number of ranks, and nothing has to be asked of the device.
@@ -85,18 +93,22 @@ class Scoring:
         self.watch = watch
         self.config, self.engine, self.groups, self.lanes, self.seed, self.negatives = config, engine, groups, lanes, seed, negatives
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        self.last = torch.full((lanes.num_samples,), torch.nan, device=engine.device) if config.every > 1 else None
+        self.last = torch.full((lanes.num_samples,), torch.nan, device=engine.device) if config.every > 1 or config.ahead else None
+        self.ready = -1
         self._check(groups.selector)
         self.first_scores = self._first_scores(groups.selector)
 
     def _check(self, selector: Any) -> None:
         """Raises ConfigError for options that the towers or the selector do not have."""
         config, needs = self.config, selector.needs(selector.warmup_steps)
-        if config.every > 1 and not needs <= {"cosine"}:
-            raise ConfigError(
-                f"scoring.every: {config.every}, but {selector.config.name} needs {', '.join(sorted(needs))} of every candidate at every "
-                "visit, and only a cosine can be remembered; set scoring.every=1"
-            )
+        for option, found, without in (("every", config.every, 1), ("ahead", config.ahead, False)):
+            if found != without and not needs <= {"cosine"}:
+                raise ConfigError(
+                    f"scoring.{option}: {found}, but {selector.config.name} needs {', '.join(sorted(needs))} of every candidate as it chooses, "
+                    f"and only a cosine can be remembered; set scoring.{option}={json.dumps(without)}"
+                )
+        if config.ahead:
+            self._check_ahead()
         if config.image_size is None and config.patches == 1:
             return
         sizes = {name: tower.patch_size for name, tower in self.engine.raw.towers.items()}
@@ -109,22 +121,52 @@ class Scoring:
         if config.image_size and config.image_size % patch:
             raise ConfigError(f"scoring.image_size: {config.image_size} is no multiple of the towers' patches of {patch} px")
 
+    def _check_ahead(self) -> None:
+        """Raises ConfigError where a forward beside training cannot be, or would see what training is writing."""
+        why = None
+        if self.negatives:
+            why = "an objective has rejected rows for negatives, and only their cosines would be remembered; use negatives: selected"
+        elif self.engine.stage == 3:
+            why = "engine.zero.stage 3 gathers each module's weights as it is reached, for one forward at a time; use stage 2"
+        elif any(isinstance(m, _NormBase) and m.track_running_stats for m in self.engine.raw.towers.modules()):
+            why = "a tower has BatchNorm, whose running averages training writes while they would be read; use a tower with LayerNorm"
+        if why:
+            raise ConfigError(f"scoring.ahead: {why}, or set scoring.ahead=false")
+
     def choose(self, batch: Batch, step: int) -> Choice:
         """The rows to train. Collective in ZeRO stage 3, with the same number of rows embedded on every rank."""
-        selector = self.groups.selector
-        needs, all_rows = self.needs(step), selector.trains_all(step)
-        if self.config.reuse and all_rows and needs == {"cosine"}:
+        wanted = self.negatives and not self.groups.selector.trains_all(step)
+        if self.late(step):
             return Choice(Selection(torch.arange(len(batch), device=batch.slot.device)), late=True)
-        wanted = self.negatives and not all_rows
-        if not needs and not wanted:
+        if not self.needs(step) and not wanted:
             return Choice(self.groups.select(batch, None, step)[0])
-        rows, padding = (None, 0) if selector.in_warmup(step) or step in self.first_scores else self.rows(step)
-        if rows is None:
-            features = self.embed(batch)
-            selection, cosine = self.groups.select(batch, features, step)
-            self._remember(batch.slot, cosine, batch.valid)
-            return Choice(selection, cosine, features if wanted else None, len(batch))
-        return self._in_part(batch, torch.from_numpy(rows).to(batch.slot.device, non_blocking=True), padding, step, wanted)
+        rows, padding = self._rows_at(step)
+        if rows is not None:
+            return self._in_part(batch, rows, padding, step, wanted)
+        if step == self.ready:
+            return Choice(*self.groups.select(batch, {"cosine": self.last[batch.slot]}, step))
+        features = self.embed(batch)
+        selection, cosine = self.groups.select(batch, features, step)
+        self._remember(batch.slot, cosine, batch.valid)
+        return Choice(selection, cosine, features if wanted else None, len(batch))
+
+    def ahead(self, choice: Choice, batch: Batch | None, step: int) -> Choice:
+        """Where the options say so: what `step`, the next one, scores of its `batch` (None: there is none) is embedded now, on a GPU beside
+        the training that is queued after it. The choice of the step before, which counts these rows.
+
+        What the end of that step may still change is which rows `step` asks for: fewer after an automatic warm-up, none where a selector
+        has judged so. `choose` follows that; a row that was scored and is not asked for has a last score that is new.
+        """
+        if not self.config.ahead or batch is None or self.late(step) or not self.needs(step):
+            return choice
+        with self.engine.beside():
+            embedded, _ = self._score(batch, *self._rows_at(step))
+        self.ready = step
+        return choice._replace(scored=choice.scored + embedded)
+
+    def late(self, step: int) -> bool:
+        """Whether the scores of a step come from its training forward, so that it has no scoring pass."""
+        return self.config.reuse and self.groups.selector.trains_all(step) and self.needs(step) == {"cosine"}
 
     def needs(self, step: int) -> frozenset[str]:
         """What has to be known of the candidates at a step, whoever asks."""
@@ -136,9 +178,14 @@ class Scoring:
         finished warm-up to where the last has finished the visit after it. Empty where there is no need."""
         visits, plan = selector.config.warmup_visits, self.lanes.layout
         scored = selector.needs(0) or visits == "auto" or (self.config.reuse and selector.trains_all(0))
-        if self.last is None or scored or not selector.warmup_steps:
+        if self.config.every == 1 or scored or not selector.warmup_steps:
             return range(0)
         return range(int((plan.size * visits // plan.per_lane).min()), plan.steps_for(visits + 1))
+
+    def _rows_at(self, step: int) -> tuple[Tensor | None, int]:
+        """What is scored where there is a scoring pass: all rows in warm-up, and as long as it left nothing that could stand in."""
+        rows, padding = (None, 0) if self.groups.selector.in_warmup(step) or step in self.first_scores else self.rows(step)
+        return None if rows is None else torch.from_numpy(rows).to(self.engine.device, non_blocking=True), padding
 
     def rows(self, step: int) -> tuple[np.ndarray | None, int]:
         """The rows of this rank that are scored at `step` after warm-up, int64 (None: all), and how many more other ranks have at most."""
@@ -156,18 +203,12 @@ class Scoring:
 
     def _in_part(self, batch: Batch, rows: Tensor, padding: int, step: int, wanted: bool) -> Choice:
         """Embeds some rows; the others have their last score, which is recorded nowhere: the table counts visits that were scored."""
-        embedded: dict[str, Tensor] | None = None
-        if len(rows) + padding:
-            filled = torch.cat([rows, rows.new_zeros(padding)])
-            found = self.embed(batch.map(lambda value: value[filled]))
-            cosine = kernels.cosine(found["image"], found["text"])[: len(rows)]
-            self._remember(batch.slot[rows], cosine, batch.valid[rows])
-            if wanted:
-                embedded = {name: _spread(found[name][: len(rows)], rows, len(batch)) for name in ("image", "text")}
-                embedded["embedded"] = torch.zeros_like(batch.valid).index_fill_(0, rows, True)
+        scored, found = (0, {}) if step == self.ready else self._score(batch, rows, padding)
+        embedded = None
+        if wanted and found:
+            embedded = {name: _spread(found[name][: len(rows)], rows, len(batch)) for name in ("image", "text")}
+            embedded["embedded"] = torch.zeros_like(batch.valid).index_fill_(0, rows, True)
         known = self.last[batch.slot]
-        if len(rows):
-            known = known.index_copy(0, rows, torch.where(batch.valid[rows], cosine, known[rows]))
         stale = torch.ones_like(batch.slot).index_fill_(0, rows, 0).argsort(descending=True, stable=True)[: len(batch) - len(rows)]
         slots, table = batch.slot[stale], self.groups.selector.state_dict()
         before = {name: value[slots] for name, value in table.items()}
@@ -175,7 +216,19 @@ class Scoring:
         for name, value in before.items():
             table[name].index_copy_(0, slots, value)
         seen = torch.full_like(known, torch.nan).index_copy(0, rows, known[rows])
-        return Choice(selection, seen, embedded, len(rows) + padding)
+        return Choice(selection, seen, embedded, scored)
+
+    def _score(self, batch: Batch, rows: Tensor | None, padding: int) -> tuple[int, dict[str, Tensor]]:
+        """Embeds rows of a batch (None: all) and `padding` more, and remembers their cosines; a sample that stands there twice has one.
+        How many rows that were, and their features."""
+        if rows is not None:
+            filled = torch.cat([rows, rows.new_zeros(padding)])
+            batch = batch.map(lambda value: value[filled])
+        if not len(batch):
+            return 0, {}
+        found, own = self.embed(batch), slice(0, len(batch) - padding)
+        self._remember(batch.slot[own], kernels.cosine(found["image"], found["text"])[own], batch.valid[own])
+        return len(batch), found
 
     def learn(self, batch: Batch, choice: Choice, trained: Tensor | None, step: int) -> Choice:
         """After the training step: its cosines [k] are scores too, where `reuse` says so. The choice, with what is now known of it."""

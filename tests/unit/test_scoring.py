@@ -54,7 +54,7 @@ def log_of(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def test_every_setting_survives_and_reuse_is_not_mixed_with_views() -> None:
-    given = {"precision": "bf16", "image_size": 16, "patches": 0.5, "every": 3, "reuse": False, "micro_batch": 5}
+    given = {"precision": "bf16", "image_size": 16, "patches": 0.5, "every": 3, "reuse": False, "ahead": True, "micro_batch": 5}
     config = load(RunConfig, DEBUG, [f"scoring.{key}={json.dumps(value)}" for key, value in given.items()])
     assert config.scoring.model_dump() == given and parse(RunConfig, dump(config), "again") == config
     assert load(RunConfig, DEBUG, ["scoring.reuse=true"]).scoring.reuse

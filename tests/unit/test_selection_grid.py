@@ -116,6 +116,7 @@ SKIPPED = "data.skip={share: 0.5, after_visits: 1, lookahead: 5}"
         ["scoring.every=2", "scoring.precision=bf16"],
         ["objectives.clip.negatives=all", "selector.warmup_visits=1", SKIPPED],
         ["selector={name: info_batch, lookahead: 5}", "visits=5"],
+        ["scoring.ahead=true", SKIPPED],
     ],
 )
 def test_the_grid_in_memory_gives_what_a_run_gives(options: list[str], icons_small: Path, tmp_path: Path) -> None:
