@@ -21,7 +21,7 @@ from pipeline.record.tables import comparison, facts, headline
 from pipeline.record.warmup import warmup_plot
 
 CAPTIONS_SHOWN, IMAGES_SHOWN = 8, 5
-_NO_SELECTION = ("random", "keep_all")  # their sheets would show the luck of the draw
+_NO_SELECTION = ("random", "keep_all", "info_batch")  # their sheets would show the luck of the draw, or nothing
 
 
 def write_report(runs: list[Path], out: Path, compared: Sequence[Path] = ()) -> Path:

@@ -202,7 +202,9 @@ def _selector(run: Run) -> str:
     if not isinstance(settings, dict):
         return run.selector
     parts = [f"{settings['variant']} variant"] if "variant" in settings else []
-    if number(settings.get("rate")) is not None and run.selector != "keep_all":
+    if number(settings.get("prune")) is not None:
+        parts.append(f"passes over {percent(settings['prune'], 0)} of the easy pairs")
+    elif number(settings.get("rate")) is not None and run.selector != "keep_all":
         parts.append(f"keeps {percent(settings['rate'], 0)}")
     elif isinstance(settings.get("rate"), dict):
         start, end, visits = (settings["rate"].get(key) for key in ("start", "end", "visits"))

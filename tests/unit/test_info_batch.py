@@ -15,6 +15,8 @@ from pipeline.data.lanes import Layout, RankLanes, SourceShape, layout
 from pipeline.data.walk import Walk
 from pipeline.evaluation.curate import judge
 from pipeline.hashing import hash_ids
+from pipeline.record.runs import load_run
+from pipeline.record.tables import facts
 from pipeline.run import RunConfig, build
 from pipeline.selection import info_batch
 from pipeline.selection.groups import GroupSelector
@@ -165,6 +167,8 @@ def test_a_run_goes_on_exactly_and_says_what_it_skipped(start: Callable[..., Tra
     resumed = start("data.workers=1", "data.prefetch=1", out="parts")
     assert resumed.progress.step == 14 and resumed.fit()
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    said = [text for _, text in facts([load_run(tmp_path / "whole", 0)])[0]]
+    assert "info_batch: passes over 60 % of the easy pairs, after 1 visits of warm-up" in said
     p = whole.progress
     assert p.scored == 0 and p.trained == p.offered == 37 * 64 and p.visit > 13 and skipped(tmp_path / "whole") > 0.15
     with pytest.raises(ConfigError, match="info_batch scored no pairs"):
