@@ -21,12 +21,13 @@ class FullLoop:
     def __init__(self, tower: torch.nn.Module, batches: Iterator[Batch], dtype: torch.dtype) -> None:
         from open_clip.loss import ClipLoss
 
+        self.device = next(tower.parameters()).device
         self.tower, self.batches, self.dtype, self.loss = tower.train(), batches, dtype, ClipLoss()
         self.optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
 
     def step(self) -> int:
         """Trains one batch; how many candidates it had."""
-        batch = next(self.batches)
+        batch = next(self.batches).to(self.device)
         self.train(batch.fields)
         return len(batch)
 
@@ -44,7 +45,7 @@ class FullLoop:
 
     def autocast(self) -> Any:
         """The precision of training."""
-        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class PublishedLoop(FullLoop):
@@ -60,7 +61,7 @@ class PublishedLoop(FullLoop):
 
     def step(self) -> int:
         """Scores one batch and trains the chosen part of it; how many candidates it had."""
-        batch = next(self.batches)
+        batch = next(self.batches).to(self.device)
         keys = [f"{sample:09}" for sample in batch.sample.tolist()]
         with torch.no_grad():
             out = self.tower(batch.fields)

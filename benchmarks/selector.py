@@ -26,7 +26,7 @@ class PlainLoop:
     def select(self, keys: list[str], cosine: Tensor, keep: int) -> Tensor:
         """Differential by look-up, top-k, and per sample a look whether it was chosen. The history is frozen."""
         current = torch.clamp(100 * cosine, min=0)
-        history = torch.tensor([self.history[key] for key in keys])
+        history = torch.tensor([self.history[key] for key in keys], device=cosine.device)
         rows = torch.topk(history - current, keep).indices
         for i, key in enumerate(keys):
             self.chosen[key] = i in rows
