@@ -17,7 +17,7 @@ from pipeline.data.sources import Sources
 from pipeline.distributed.comm import Comm, connect
 from pipeline.run import RunConfig
 from pipeline.selection.groups import GlobalSelector
-from pipeline.types import Batch
+from pipeline.types import EVERY, Batch
 from tests.runs import DEBUG
 from tests.selector_cases import needed
 
@@ -41,6 +41,7 @@ def choose(name: str, data: Path, comm: Comm) -> dict:
     for step in range(steps):
         rows = lanes.rows(step)
         batch = Batch(*map(torch.from_numpy, (rows.sample, rows.slot, rows.visit)), ~broken[torch.from_numpy(rows.sample)], {})
+        batch.weight = 1.0 + batch.sample % 3
         image, text = given[step][:, batch.sample]
         found, _ = selector.select(batch, {"image": image, "text": text, "scale": torch.tensor([14.0])}, step)
         padding = torch.zeros(len(found.rows), dtype=torch.bool) if found.padding is None else found.padding
@@ -49,6 +50,7 @@ def choose(name: str, data: Path, comm: Comm) -> dict:
         left, here = taken.unselected, int((~padding).sum())
         assert int(left["valid"].sum()) == int(batch.valid.sum()) - int(taken.valid.sum())  # what is not trained is left, and nothing twice
         assert all(weight.shape == found.rows.shape for weight in found.weights.values())
+        assert name != "info_batch" or torch.equal(found.weights[EVERY], batch.weight)  # those of this rank's rows
         ids = torch.full((BATCH,), -1).index_copy_(0, torch.arange(here), batch.sample[found.rows[~padding]])
         everyones = comm.gather(ids)
         kept.append(sorted(everyones[everyones >= 0].tolist()))
