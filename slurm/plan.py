@@ -103,6 +103,7 @@ class Model(NamedTuple):
     parameters: int  # that are trained
     flops: float  # of one sample's forward
     scoring: float  # of one candidate's, as `scoring` sees it: smaller images, some patches
+    training: float  # of one trained row's forward, and of its backward through what is not frozen
     frozen: int = 0  # parameters that no optimizer has
 
 
@@ -112,7 +113,7 @@ def measure(config: RunConfig) -> Model:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameters, frozen, flops, scoring = 0, 0, 0.0, 0.0
+    parameters, frozen, counts = 0, 0, []
     with TemporaryDirectory() as made_up:
         for tower in config.towers.values():
             tower = tower.untrained()
@@ -127,13 +128,15 @@ def measure(config: RunConfig) -> Model:
             # evaluation may look at a sample in several views; a tower that trains from a cache alone is counted without it
             decoders = tower.decoders(Path(made_up), train=True) or tower.decoders(Path(made_up), train=False)
             fields = {name: decoder.collate([None]) for name, decoder in decoders.items()}
-            counts = []
-            for looked_at in (fields, scored_fields(config.scoring, fields, model.patch_size)):
-                with torch.no_grad(), shapes_only, FlopCounterMode(display=False) as counter:
-                    model({name: shapes_only.from_tensor(value) for name, value in looked_at.items()})
+            scored = scored_fields(config.scoring, fields, model.patch_size)
+            for looked_at, backward in ((fields, False), (scored, False), (fields, True)):
+                with torch.set_grad_enabled(backward), shapes_only, FlopCounterMode(display=False) as counter:
+                    out = model({name: shapes_only.from_tensor(value) for name, value in looked_at.items()})
+                    if backward and (trained := [value.sum() for value in out.values() if value.requires_grad]):
+                        sum(trained).backward()
                 counts.append(counter.get_total_flops())
-            flops, scoring = flops + counts[0], scoring + counts[1]
-    return Model(parameters, flops, scoring, frozen)
+    flops, scoring, training = (float(sum(counts[kind::3])) for kind in range(3))
+    return Model(parameters, flops, scoring, training, frozen)
 
 
 def scored_fields(config: ScoringConfig, fields: dict[str, Tensor], patch: int | None) -> dict[str, Tensor]:
@@ -237,17 +240,17 @@ def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int
         return
     (warm, rows), (later, kept) = (step_cost(config, model, batch, keep, warmup) for warmup in (True, False))
     rate = cluster.world * cluster.peak_tflops * 1e12 * UTILISATION
-    seconds = (later * batch * model.flops + 3 * kept * model.flops) / rate
-    first = (warm * batch * model.flops + 3 * rows * model.flops) / rate
+    seconds = (later * batch * model.flops + kept * model.training) / rate
+    first = (warm * batch * model.flops + rows * model.training) / rate
     total = steps[0] * first + (steps[1] - steps[0]) * seconds
     yield f"speed        {batch / seconds:,.0f} candidates/s, {kept / seconds:,.0f} trained/s, {seconds * 1000:.0f} ms a step" + (
         f" ({first * 1000:.0f} ms in warm-up); {total / 3600:.1f} h in all" if steps[0] else f"; {total / 3600:.1f} h in all"
     )
     yield f"  assuming   {cluster.peak_tflops:g} TFLOP/s a device at {UTILISATION:.0%}; {later:.2f} forwards to score a candidate"
-    yield f"             ({f'{warm:.2f} in warm-up, ' if steps[0] else ''}by scoring.* in FLOP, its precision aside), three forwards' worth for each trained row"
+    yield f"             ({f'{warm:.2f} in warm-up, ' if steps[0] else ''}by scoring.* in FLOP, its precision aside), {model.training / model.flops:.2f} to train a row"
     if config.selector.scope == "global":
         yield "             (the rows that selector.scope global pads the ranks' shares with are not counted: 4 % on 8 ranks of 1,280, 16 % on 64 of 160)"
-    yield "             (no recomputation, no frozen teacher); gathering and gradients hidden behind it; loaders that keep up with"
+    yield "             (no frozen teacher); gathering and gradients hidden behind it; loaders that keep up with"
     yield f"             {batch / seconds / cluster.nodes:,.0f} images/s on each node"
     yield f"starts       {math.ceil(total / max(1, cluster.minutes * 60 - cluster.signal_delay))} of {cluster.minutes} minutes"
 

@@ -136,7 +136,7 @@ def test_a_dry_run_for_256_ranks_needs_no_data(tmp_path: Path, capsys: pytest.Ca
 def test_the_forecast_knows_what_is_scored() -> None:
     def cost(*overrides: str, warmup: bool = False) -> tuple[float, int]:
         config = load(RunConfig, BIG, list(overrides))
-        return plan.step_cost(config, plan.Model(1, 100.0, 40.0), 64, 32, warmup)
+        return plan.step_cost(config, plan.Model(1, 100.0, 40.0, 300.0), 64, 32, warmup)
 
     assert cost() == (0.4, 32) and cost(warmup=True) == (0.4, 64)
     assert cost("scoring.every=4") == (0.1, 32) and cost("scoring.every=4", warmup=True) == (0.4, 64)
@@ -168,6 +168,12 @@ def test_a_selector_that_trains_all_is_planned_so_whatever_its_rate(capsys: pyte
 def test_the_forecast_counts_the_scoring_passes_own_view() -> None:
     plain, small = (plan.measure(load(RunConfig, BIG, given)) for given in ([], ["scoring.image_size=112", "scoring.patches=0.5"]))
     assert plain.scoring == plain.flops == small.flops and 0.1 < small.scoring / small.flops < 0.4
+
+
+def test_what_is_frozen_costs_no_backward() -> None:
+    first, second = (plan.measure(load(RunConfig, path)) for path in sorted((ROOT / "configs").rglob("sfa_vivit_tiny_stage*.yaml")))
+    assert not first.frozen and 2.9 < first.training / first.flops < 3.0  # the pixels need no gradient
+    assert second.frozen > second.parameters and 1.1 < second.training / second.flops < 1.5
 
 
 def test_zero_divides_what_it_says() -> None:
