@@ -64,10 +64,9 @@ def conv(channels: int, width: int, layers: int, out: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], out))
 
 
-def present(field: str, fields: dict[str, Tensor], mask: dict[str, Tensor] | None) -> Tensor:
-    """float32 [b, 1]: 1 for the rows that have the field, by `mask`, else by the field `<name>.present`, else all."""
-    found = (mask or {}).get(field, fields.get(f"{field}.present"))
-    like = fields[field]
+def present(field: str, fields: dict[str, Tensor]) -> Tensor:
+    """float32 [b, 1]: 1 for the rows that have the field, by the field `<name>.present`; all without it."""
+    found, like = fields.get(f"{field}.present"), fields[field]
     return torch.ones(len(like), 1, device=like.device) if found is None else found.to(like.device, torch.float32)[:, None]
 
 
@@ -81,10 +80,10 @@ class Modality(Tower):
         self.encoder = config.encoder(shape)
         self.head = nn.Linear(config.embed_dim, config.classes) if config.classes else None
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.field not in fields:
             return {}
-        there = present(self.field, fields, mask)
+        there = present(self.field, fields)
         embedding = self.encoder(self.prepare(fields[self.field]))
         out = {"embedding": embedding.float() * there}  # times 0, not left out: every parameter keeps a gradient, as ZeRO and DDP want
         if self.head is not None:

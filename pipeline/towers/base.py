@@ -73,8 +73,9 @@ class Tower(nn.Module):
 
     patch_size: int | None = None  # pixels; a tower that has one embeds square images of any multiple of it, and the field image.patches
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Features from the fields that are there (evaluation gives images alone, or texts alone). `mask` marks absent modalities."""
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features from the fields that are there (evaluation gives images alone, or texts alone). The bool field
+        `<name>.present` [b] marks the rows that have an optional one."""
         raise TypeError(f"{type(self).__name__} must define forward()")
 
     def fitted(self, name: str, stored: Tensor, like: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ class Fusion(Tower):
         self.widths = widths
         self.head = nn.Linear(config.embed_dim, config.classes) if config.classes and not self.ensemble else None
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        found = {name: tower(fields, mask) for name, tower in self.inputs.items()}
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: tower(fields) for name, tower in self.inputs.items()}
         some = next((given["embedding"] for given in found.values() if given), None)
         if some is None:
             return {}
@@ -102,7 +102,7 @@ class Fusion(Tower):
         for name, given in found.items():
             out |= {f"{name}.{feature}": value for feature, value in given.items()}
             embeddings[name] = given.get("embedding", some.new_zeros(len(some), self.widths[name]))
-            flags.append(self._there(name, fields, mask, some) if given else some.new_zeros(len(some), 1))
+            flags.append(self._there(name, fields, some) if given else some.new_zeros(len(some), 1))
         there = torch.cat(flags, 1)
         if self.ensemble:
             return out | {"embedding": torch.cat([*embeddings.values()], 1), "logits": self._mean(out, there)}
@@ -113,10 +113,10 @@ class Fusion(Tower):
             out["logits"] = self.head(fused).float() * any_there
         return out
 
-    def _there(self, name: str, fields: dict[str, Tensor], mask: dict[str, Tensor] | None, like: Tensor) -> Tensor:
+    def _there(self, name: str, fields: dict[str, Tensor], like: Tensor) -> Tensor:
         """float32 [b, 1]; an input that takes cached features has them in every valid row."""
         field = self.inputs[name].field
-        return present(field, fields, mask) if field in fields else like.new_ones(len(like), 1)
+        return present(field, fields) if field in fields else like.new_ones(len(like), 1)
 
     def fitted(self, name: str, stored: Tensor, like: Tensor) -> Tensor:
         if not name.startswith("inputs."):

@@ -64,7 +64,7 @@ class Linear(Tower):
         self.register_buffer("mean", torch.full((3,), 0.5), persistent=False)
         self.register_buffer("std", torch.full((3,), 0.5), persistent=False)
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         out = {"scale": self.logit_scale.exp()}
         if "image" in fields:
             pixels = normalise_pixels(fields["image"], self.mean, self.std).flatten(1)

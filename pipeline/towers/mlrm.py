@@ -114,21 +114,21 @@ class Mlrm(Tower):
         self.vision.eval()  # no dropout in what is frozen
         return self
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         sides = [side for side, start in SIDES.items() if f"{start}image" in fields or f"{start}text" in fields]
         with plain_attention(self.mean.device, self.recomputes):
-            ids, states, has_image, there = (torch.cat(part) for part in zip(*(self.inputs(side, fields, mask) for side in sides)))
+            ids, states, has_image, there = (torch.cat(part) for part in zip(*(self.inputs(side, fields) for side in sides)))
             views = self.items(ids, states)
         return self.features(views, has_image, there, sides)
 
-    def inputs(self, side: str, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, side: str, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of one side: ids int64 [b, L], the frozen tower's last states float32 [b, 1 + patches, width], has an image, has anything."""
         image, text = (fields.get(f"{SIDES[side]}{field}") for field in ("image", "text"))
         rows = len(image if image is not None else text)
         has = {}
         for field, value in (("image", image), ("text", text)):
             name = f"{SIDES[side]}{field}"
-            known = (mask or {}).get(name, fields.get(f"{name}.present"))
+            known = fields.get(f"{name}.present")
             none = torch.full((rows,), value is not None, device=self.blank.device)
             has[field] = none if known is None or value is None else known.to(none)
         ids = self.blank.expand(rows, -1) if text is None else torch.where(has["text"][:, None], text, self.blank)

@@ -154,7 +154,7 @@ class OpenClip(Tower):
         self.register_buffer("mean", torch.tensor(preprocess["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]), persistent=False)
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         out = {"scale": self.model.logit_scale.exp()}
         with plain_attention(self.mean.device, self.recomputes):
             if "image" in fields:

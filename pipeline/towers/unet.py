@@ -108,11 +108,11 @@ class UNets(Tower):
             self.encoders.eval()
         return self
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         out = {}
         for name, encoder in self.encoders.items():
             if name in fields:
-                if f"{name}.present" in fields or name in (mask or {}):
+                if f"{name}.present" in fields:
                     raise ConfigError(
                         f"towers: unet: data.modalities.{name}.optional: blank tiles would be learnt from and scored, in batch norm too; set it "
                         f"to false, rows without the sensor are then bad samples, or leave the sensor out of towers.unet.sensors"

@@ -100,14 +100,14 @@ class Video(Tower):
             self.spatial.eval()
         return self
 
-    def forward(self, fields: dict[str, Tensor], mask: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         name, cached = self.field, f"{self.config.cached}.frames"
         if cached in fields:
             patches = fields.get(f"{self.config.cached}.patches")
             embedding = self._over_time(fields[cached].float(), None if patches is None else patches.float())
             there = torch.ones_like(embedding[:, :1])  # rows without cached features are no valid rows
         elif name in fields:
-            there = present(name, fields, mask)
+            there = present(name, fields)
             clips = fields[name].unflatten(1, (-1, self.config.clip.frames))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.keeps_frames):
                 encoded = self.spatial(clips.flatten(0, 1))

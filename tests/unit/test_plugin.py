@@ -76,7 +76,7 @@ FILES = {
                 super().__init__()
                 self.map = torch.nn.Linear(1, 1)
 
-            def forward(self, fields, mask=None):
+            def forward(self, fields):
                 return {"brightness": self.map(fields["image"].float().mean((1, 2, 3))[:, None] / 255)}
     ''',
     "objective": '''

@@ -216,7 +216,6 @@ def test_an_absent_modality_changes_nothing(built: tuple) -> None:
     second = made(other)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    assert made(other, {field: torch.ones(8)})["embedding"].ne(first["embedding"]).any()  # a mask that is given goes first
     if config.name != "fusion":
         assert not first["embedding"][0].any()
     else:
