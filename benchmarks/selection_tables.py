@@ -1,6 +1,6 @@
 """The grid of benchmarks/selection.py as text and as plots.
 
-python -m benchmarks.selection_tables benchmarks/results/selection_*.json      (one table of all their sets, as docs/evidence.md opens with)
+python -m benchmarks.selection_tables benchmarks/results/selection_{small,openclipart,iconify}_*.json   (one table of all their sets, as docs/evidence.md opens with)
 """
 
 import json
@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from pipeline.record.compared import paired
 
 COLUMNS = ("top1", "t2i_r1", "t2i_r10", "precision", "auc", "never_clean", "trained", "cost", "cpu_seconds", "loading_seconds")
 DIGITS = {"auc": 3, "trained": 0, "cost": 0, "cpu_seconds": 0, "loading_seconds": 0}
@@ -39,35 +41,21 @@ def mean_spread(values: Iterable[float | None]) -> tuple[float, float, int]:
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else math.nan, len(known)
 
 
-def paired(one: dict[int, dict], other: dict[int, dict], key: str) -> tuple[float, float, list[float]]:
-    """Mean difference seed by seed, its standard error, and the differences: initial weights, noise and order are the same in both."""
-    seeds = sorted(set(one) & set(other))
-    differences = [one[s][key] - other[s][key] for s in seeds if one[s][key] is not None and other[s][key] is not None]
-    mean, spread, count = mean_spread(differences)
-    return mean, spread / math.sqrt(count) if count > 1 else math.nan, differences
-
-
 def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each of our rows against every other of its set and rate by the grid's metric, the worst first: loses, ties, wins; nothing for a
-    single seed.
-
-    The difference lost or won is one outside of the 95 % interval of Student's t: with three seeds 4.3 standard errors, with ten 2.3.
-    """
-    from scipy.stats import t as student
-
-    found, ours = groups(result["cells"]), set(result["grid"]["ours"])
+    single seed."""
+    found, ours, metric = groups(result["cells"]), set(result["grid"]["ours"]), result["grid"]["metric"]
     told = []
     for (name, rate, selector), mine in found.items():
         if selector not in ours:
             continue
         others = {other: cells for (n, r, other), cells in found.items() if (n, r) == (name, rate) and other not in ours}
         for other, theirs in others.items():
-            difference, error, each = paired(mine, theirs, result["grid"]["metric"])
-            if each:
-                bound = error * student.ppf(0.975, len(each) - 1)
-                verdict = "loses" if difference < -bound else "wins" if difference > bound else "ties" if len(each) > 1 else ""
-                values = {"set": name, "rate": rate, "ours": selector, "other": other, "difference": difference, "error": error}
-                told.append(values | {"wins": sum(d > 0 for d in each), "of": len(each), "verdict": verdict})
+            both = [(mine[seed][metric], theirs[seed][metric]) for seed in sorted(mine.keys() & theirs.keys())]
+            one = paired(a - b for a, b in both if a is not None and b is not None)
+            if one.differences:
+                values = {"set": name, "rate": rate, "ours": selector, "other": other, "difference": one.mean, "error": one.error}
+                told.append(values | {"wins": one.wins, "of": len(one.differences), "verdict": one.verdict})
     order = {"loses": 0, "ties": 1, "": 2, "wins": 3}
     return sorted(told, key=lambda row: (order[row["verdict"]], row["difference"]))
 

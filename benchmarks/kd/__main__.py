@@ -6,7 +6,6 @@ python -m benchmarks.kd speed [--rounds 40] [--json FILE]
 
 import argparse
 import importlib
-import statistics
 import sys
 import time
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, save, table
+from pipeline.record.compared import paired
 
 EXPERIMENTS = ("digits", "collapse", "split", "openmoji", "tuxpaint", "pretrained", "compound")
 
@@ -23,9 +23,9 @@ def judged(bars: list[dict[str, Any]]) -> list[dict[str, Any]]:
     is promised by the mean; where there is nothing promised at all it is shown and not judged."""
     found = []
     for bar in bars:
-        differences, margin, share = bar["differences"], bar["margin"], bar["share"]
-        mean, wins = statistics.mean(differences), sum(difference > margin for difference in differences)
-        holds = wins >= share * len(differences) if share is not None else mean >= margin if margin > 0 else None
+        margin, share = bar["margin"], bar["share"]
+        _, mean, _, wins = paired(bar["differences"], margin)
+        holds = wins >= share * len(bar["differences"]) if share is not None else mean >= margin if margin > 0 else None
         found.append(bar | {"mean": mean, "wins": wins, "holds": holds})
     return found
 

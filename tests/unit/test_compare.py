@@ -1,6 +1,7 @@
 """tools.compare on digits: paired seeds of ordinary runs, one the other's teacher; and the figures of students that classify."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from pipeline.config import ConfigError
 from pipeline.evaluation.recognition import recognition
 from pipeline.evaluation.retrieval import class_retrieval
-from pipeline.record.compared import read, table
+from pipeline.record.compared import paired, read, table
 from pipeline.record.report import write_report
 from pipeline.task import check_wiring
 from tools.compare import configs, main, read_plan
@@ -117,6 +118,16 @@ def test_the_table_tells_mean_spread_and_wins_against_the_first() -> None:
     (_, (first,)), (name, (second,)) = table(found).rows
     assert (first.text, first.wins, first.best) == ("55.0 ± 7.1", "", False)
     assert (name, second.text, second.wins, second.best) == ("amid", "62.5 ± 10.6", "1/2", True)
+
+
+def test_a_difference_over_seeds_is_judged_by_student_s_t() -> None:
+    found = paired([1.0, -0.5, -0.1], margin=0.9)
+    assert found.mean == pytest.approx(0.4 / 3) and found.error == pytest.approx(0.7767 / 3**0.5, abs=1e-4)
+    assert (found.wins, found.verdict) == (1, "ties") and paired([1.0, -0.5, -0.1], margin=1.0).wins == 0
+    close = [0.5, 0.1, 0.5]  # 0.37 ± 0.13: more than two standard errors, and not the 4.3 of three seeds; of nine the 2.3
+    assert [paired(each).verdict for each in (close, close * 3, [-d for d in close * 3])] == ["ties", "wins", "loses"]
+    alone, none = paired([1.0]), paired([])
+    assert (alone.mean, alone.verdict, none.verdict) == (1.0, "", "") and math.isnan(alone.error) and math.isnan(none.mean)
 
 
 def test_recognition_counts_labelled_rows_only() -> None:
