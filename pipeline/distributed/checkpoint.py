@@ -17,7 +17,7 @@ from pipeline.data.lanes import RankLanes
 from pipeline.distributed.host import Files, Host
 
 # settings that came later, and what a checkpoint that does not know them was trained with
-BEFORE = {"selector.classes": "two", "scoring.ahead": False}
+BEFORE = {"selector.classes": "two", "selector.level": "cosine", "scoring.ahead": False}
 FORMAT = 2  # 1: torch's optimizer.bin, which only the same number of ranks could read
 
 

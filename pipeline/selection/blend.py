@@ -14,10 +14,20 @@ from pipeline.selection.base import Candidates, Selection, Selector, SelectorCon
 class Config(SelectorConfig):
     """`change` 0 ranks by the level alone; the larger it is, the more it is DISSect on the mean history."""
 
+    level: Literal["cosine", "confidence"] = Field(
+        "cosine",
+        description="a pair's level is the mean of its cosines, or of exp(-loss) in its group: that tells wrong captions which many pairs share, "
+        "loses where few pairs are wrong, and needs a score at every visit",
+    )
     change: float = Field(0.3, ge=0, description="weight of the differential, in its group's standard deviations, beside log P(clean)")
     classes: Literal["auto", "two"] = Field(
         "auto", description="auto: random rows where the scores at the end of warm-up show one class of pairs; two: the user knows of noise"
     )
+
+    @property
+    def reads(self) -> str:
+        """What it needs of every candidate."""
+        return "cosine" if self.level == "cosine" else "loss"
 
     def build(self, num_samples: int, warmup_steps: int = 0, seed: int = 0) -> "Blend":
         """See SelectorConfig.build."""
@@ -70,6 +80,14 @@ class Blend(Selector):
     does not work is the usual test, the likelihood of one Gaussian against that of two: of 3,000 clean pairs it finds two by 85 to 185 nats,
     for the tail is no Gaussian, and a group of 64 rows is too few to find the two that are there (docs/evidence.md).
 
+    `level: confidence` takes for s not the cosine but exp(-loss), the geometric mean of the two probabilities that the group's softmax gives
+    the pair, its caption among the captions and its image among the images; its mean over the visits is the confidence of Dataset
+    Cartography (arXiv 2009.10795). The cosine says how near a caption is, this how much nearer than the others. A wrong caption that many
+    pairs share is learnt first, as the centre of its images, and its pairs' cosines are the highest of all; but m of them in a
+    group share one probability, about 1 / m each. It tells noisy pairs better than the cosine wherever there are many, and hard clean
+    ones are lost with them: where few are noisy that costs more (docs/evidence.md). It takes the product of the group's rows, and a
+    probability among others cannot be remembered from another visit: neither scoring.every nor training's own scores stand in.
+
     State and costs are DISSect's: a score and a counter for each pair, and a sort of the group. A pair without history is judged by the
     score it has now. The cut is as good as the group is large: 64 rows do.
     """
@@ -86,15 +104,20 @@ class Blend(Selector):
         return f"{found}: one class of pairs, rows are drawn at random" if self.one_class else f"{found}: two classes of pairs"
 
     def needs(self, step: int) -> frozenset[str]:
-        """The cosine, in warm-up too: the mean begins there. Nothing once there is nothing to select by."""
-        return frozenset() if self.one_class and not self.in_warmup(step) else frozenset({"cosine"})
+        """The cosine or the loss, in warm-up too: the mean begins there. Nothing once there is nothing to select by."""
+        return frozenset() if self.one_class and not self.in_warmup(step) else frozenset({self.config.reads})
 
     def select(self, group: Candidates) -> Selection:
-        """Scores the group and chooses `keep` rows. Raises ValueError when `group.cosine` is None."""
+        """Scores the group and chooses `keep` rows. Raises ValueError when the group lacks what it needs."""
         if self.one_class and not self.in_warmup(group.step):
             return self.ranked(group, self.lot(group))
         scored = kernels.score(
-            self.given(group, "cosine"), slot=group.slot, history=self.scores.score, visits=self.scores.visits, valid=group.valid, mean=True
+            self._score(group),
+            slot=group.slot,
+            history=self.scores.score,
+            visits=self.scores.visits,
+            valid=group.valid,
+            mean=True,
         )
         if self.in_warmup(group.step):
             return self.warmup(group)
@@ -103,6 +126,11 @@ class Blend(Selector):
         change = scored.differential
         spread = moments(change, counted)[1].sqrt().clamp_min(1e-6)
         return self.ranked(group, log_clean(self.scores.score[group.slot], counted) + self.config.change * change / spread)
+
+    def _score(self, group: Candidates) -> Tensor:
+        """float [g], at most 1."""
+        found = self.given(group, self.config.reads)
+        return found if self.config.level == "cosine" else (-found.float()).exp()
 
 
 def log_clean(level: Tensor, counted: Tensor) -> Tensor:

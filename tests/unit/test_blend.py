@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import kernels
 from pipeline.selection.blend import Config, log_clean, split
 from pipeline.selection.random import Config as RandomConfig
 from pipeline.selection.warmup import shape
@@ -96,3 +97,22 @@ def test_one_class_is_chosen_from_by_lot_without_scores() -> None:
     assert selector.needs(0) == {"cosine"} and not selector.needs(1)
     rows = [(one.select(Candidates(torch.arange(8), None, 4, step=step)).rows.tolist()) for one in (selector, random) for step in (1, 2, 3)]
     assert rows[:3] == rows[3:] and len(set(map(tuple, rows))) > 1
+
+
+def test_a_wrong_caption_that_many_pairs_share_has_high_cosines_and_little_confidence() -> None:
+    """Half of the pairs have one caption, learnt as the centre of their images; the others each their own, not as near."""
+    shared, image, others = torch.arange(16) < 8, *torch.eye(32).split(16)
+    centre = image[shared].sum(0)
+    text = torch.where(shared[:, None], centre, image + 4 * others)
+    cosine, loss = kernels.cosine(image, text), kernels.clip_loss(image, text, torch.tensor(20.0)).per_sample
+    assert cosine[shared].min() > cosine[~shared].max()
+    chosen = {}
+    for level in ("cosine", "confidence"):
+        selector = Config(warmup_visits=1, level=level).build(16, warmup_steps=1)
+        assert selector.needs(0) == selector.needs(1) == {"cosine" if level == "cosine" else "loss"}
+        for step in (0, 1):
+            found = selector.select(Candidates(torch.arange(16), cosine, 8, loss=loss, step=step)).rows
+        chosen[level] = shared[found].tolist()
+        expected = cosine if level == "cosine" else (-loss).exp()
+        assert selector.scores.score.tolist() == pytest.approx((100 * expected).tolist(), rel=1e-5)
+    assert all(chosen["cosine"]) and not any(chosen["confidence"])
