@@ -1,6 +1,7 @@
 """Candidates a second of whole training steps: loading, scoring, choosing, training, recording. Full training, the published procedure, ours.
 
     python -m benchmarks.end_to_end --rate 0.2 [--data data/icons/train] [--batch 1024] [--image-size 32] [--rounds 20] [--json FILE]
+    python -m benchmarks.end_to_end --rate 0.5 --ours "as trained" "every 4, reuse" --rounds 5
 
 The tiny ViT of configs/pretrain/icons.yaml, after warm-up, one thread and loading in the same process, so that on a CPU its time is all of
 it. With a GPU everybody trains there, loading is part of the step still, and it is wall time that says something: a step ends when the GPU has done it.
@@ -141,15 +142,19 @@ def report(args: argparse.Namespace, cpu: dict[str, list[float]], wall: dict[str
 
 def main() -> None:
     """See the module's first lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=0.2)
-    parser.add_argument("--data", default="data/icons/train", help="made by make data")
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--ours", nargs="+", choices=list(OURS), default=list(OURS), metavar="OPTIONS", help=f"which of: {'; '.join(OURS)}")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--json")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rate", type=float, default=0.2, help="share of the candidates that is trained (default %(default)s)")
+    parser.add_argument("--data", default="data/icons/train", help="shards of images and texts, made by `make data` (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1024, help="candidates of a step (default %(default)s)")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels of a side (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each that are measured (default %(default)s)")
+    parser.add_argument(
+        "--ours", nargs="+", choices=list(OURS), default=list(OURS), metavar="OPTIONS", help=f"which of: {'; '.join(OURS)} (default all)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of towers (default %(default)s)")
+    parser.add_argument("--json", help="write all figures there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as top:
         steps, trainers = contenders(args, Path(top))

@@ -1,6 +1,7 @@
 """This loader beside webdataset, litdata and mosaicml-streaming, and beside itself with skip before decode.
 
     python -m benchmarks.loader [--data data/icons-large] [--repeats 3] [--storage local s3] [--mosaic VENV/bin/python] [--json FILE]
+    python -m benchmarks.loader --peers --storage local --repeats 1 --shards 4         (this loader alone)
 
 Images a second of a whole pass and after its first batch, seconds to the first batch cold and after a resume, memory; with 0 and 2
 workers, from local disk and from an S3 server on loopback (moto). All read the same samples, stored each its own way, in one order of
@@ -206,12 +207,13 @@ def main() -> None:
     )
     parser.add_argument("--data", default="data/icons-large", help="made with: tools.make_shards icons data/icons-large --size 64")
     parser.add_argument("--shards", type=int, default=16, help="how many of its shards are read, of 1,000 samples each (default 16)")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", default=["webdataset", "litdata"], choices=["webdataset", "litdata"])
-    parser.add_argument("--storage", nargs="+", default=["local", "s3"], choices=["local", "s3"])
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side that images are resized to (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each is measured (default %(default)s)")
+    peers = ["webdataset", "litdata"]
+    parser.add_argument("--peers", nargs="*", default=peers, choices=peers, help="who else is measured (default both; empty: nobody)")
+    parser.add_argument("--storage", nargs="+", default=["local", "s3"], choices=["local", "s3"], help="where shards lie (default both)")
     parser.add_argument("--mosaic", help="the python of an environment that has mosaicml-streaming; left out without it")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all figures there, after each round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         for result in compare(Path(work), args):

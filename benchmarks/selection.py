@@ -2,7 +2,9 @@
 
     python -m benchmarks.selection benchmarks/grids/icons_small.yaml --json FILE [--figures DIR] [--jobs N]
     python -m benchmarks.selection GRID.yaml --json FILE --executor slurm --cluster configs/cluster/cpu.yaml
+    python -m benchmarks.selection benchmarks/grids/icons_small.yaml seeds=[0] rates=[0.5]             (a part of it, tables only)
 
+What a grid file may say is in class Grid; several results become one table with python -m benchmarks.selection_tables FILE...
 A finished cell is kept: started again, the grid goes on, and a grid that has grown runs what is new. After the cells come the matched
 ones: a selector without a scoring pass, given as many more visits as fit into the CPU seconds of another one in this very grid.
 """
@@ -47,7 +49,9 @@ class Grid(Strict):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     matched: dict[str, str] = Field(default_factory=dict, description="row: the row whose CPU seconds it is given, by visits")
     whole: list[str] = Field(default_factory=list, description="rows that train everything: one rate is enough")
-    metric: Literal["top1", "t2i_r1", "t2i_r10"] = Field("top1", description="what rows are compared by; retrieval where most names have one image")
+    metric: Literal["top1", "t2i_r1", "t2i_r10"] = Field(
+        "top1", description="what rows are compared by; retrieval where most names have one image"
+    )
 
 
 class Cell(NamedTuple):
@@ -233,11 +237,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("grid", help="a YAML file, for example benchmarks/grids/icons_small.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the grid, for example seeds=[0]")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write every cell and the grid there")
     parser.add_argument("--figures", type=Path, help="folder for the plots")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="cells at a time in processes here")
-    parser.add_argument("--executor", choices=("processes", "slurm"), default="processes")
-    parser.add_argument("--cluster", default="configs/cluster/cpu.yaml", help="for --executor slurm")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="cells at a time in processes here (default %(default)s)"
+    )
+    parser.add_argument(
+        "--executor", choices=("processes", "slurm"), default="processes", help="where cells run (default %(default)s); slurm: a job array"
+    )
+    parser.add_argument(
+        "--cluster", default="configs/cluster/cpu.yaml", help="for --executor slurm, what one cell asks for (default %(default)s)"
+    )
     args = parser.parse_args(arguments)
     try:
         grid = load(Grid, args.grid, args.overrides)

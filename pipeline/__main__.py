@@ -48,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
     )
     guide.add_argument("--validation", help="held-out shards to choose on; default: evaluation.data")
     guide.add_argument("--weight", type=float, default=0.1, help="of each teacher in UMT (default 0.1)")
-    curate = commands.add_parser("curate", help="what a run learnt about its pairs: a table, a list of noisy ones, shards without them")
+    curate = commands.add_parser(
+        "curate",
+        help="what a run learnt about its pairs: a table, a list of noisy ones, shards without them",
+        epilog="for example  python -m pipeline curate runs/icons curated --write  and then\n"
+        "python -m pipeline train configs/pretrain/icons.yaml out=runs/icons_curated data.sources.0.url=curated/shards",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     curate.add_argument("run", help="a run folder, or its URL")
     curate.add_argument("out", type=Path, help="a new folder: samples.parquet, noisy.txt, examples.html")
     curate.add_argument("--share", type=float, help="judge this share noisy, lowest scores first; default: split the scores in two classes")

@@ -1,6 +1,8 @@
 """What the documents say is there, and their code runs."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,16 @@ def test_every_make_target_the_documents_name_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert named
     assert named <= targets
+
+
+@pytest.mark.parametrize("command", ["benchmarks.selection", "benchmarks.loader", "benchmarks.end_to_end", "pipeline.__main__ curate"])
+def test_the_help_of_a_command_explains_every_option_and_has_an_example(command: str, monkeypatch, capsys) -> None:
+    module, *words = command.split()
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [module, *words, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    said = capsys.readouterr().out
+    assert said.count(f"python -m {' '.join([module.removesuffix('.__main__'), *words])}") >= 2  # the usage, and at least one example
+    assert re.findall(r"^  --", said, re.MULTILINE)
+    assert not re.findall(r"^  (--\S+(?: \S+)*)\n(?!\s{20})", said, re.MULTILINE)
