@@ -121,7 +121,7 @@ def measure(config: RunConfig) -> Model:
                 tower = tower.model_copy(update={"tokenizer": type(tower.tokenizer)()})
             tower.prepare(TowerData(Path(made_up), lambda: ["a caption", "another one"]))
             shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
-            with _where_it_is(), shapes_only:
+            with _as_if_it_had_memory(), shapes_only:
                 model = tower.build(Path(made_up))  # in train mode: eval's fused attention is not seen by the counter
             parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
             frozen += sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -149,14 +149,19 @@ def scored_fields(config: ScoringConfig, fields: dict[str, Tensor], patch: int |
 
 
 @contextmanager
-def _where_it_is() -> Iterator[None]:
-    """Without Module.to, which cannot move what has no memory; open_clip calls it even for the device a model is on."""
+def _as_if_it_had_memory() -> Iterator[None]:
+    """Without Module.to, which cannot move what has no memory; open_clip calls it even for the device a model is on. A number that is read
+    from a tensor is 0: timm has the rates of its drop path, which change no count, from one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
     moved = torch.nn.Module.to
     torch.nn.Module.to = lambda module, *args, **kwargs: module
+    FakeTensor.item = lambda value: 0.0 if value.constant is None else value.constant.item()
     try:
         yield
     finally:
         torch.nn.Module.to = moved
+        del FakeTensor.item
 
 
 def zero_bytes(parameters: int, world: int, frozen: int = 0) -> dict[int, dict[str, float]]:

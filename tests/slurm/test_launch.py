@@ -170,6 +170,11 @@ def test_the_forecast_counts_the_scoring_passes_own_view() -> None:
     assert plain.scoring == plain.flops == small.flops and 0.1 < small.scoring / small.flops < 0.4
 
 
+def test_a_tower_of_timm_is_counted() -> None:
+    found = plan.measure(load(RunConfig, ROOT / "configs" / "distill" / "icons_umt.yaml"))
+    assert found.parameters > 1e5 and 2.9 < found.training / found.flops < 3.0
+
+
 def test_what_is_frozen_costs_no_backward() -> None:
     first, second = (plan.measure(load(RunConfig, path)) for path in sorted((ROOT / "configs").rglob("sfa_vivit_tiny_stage*.yaml")))
     assert not first.frozen and 2.9 < first.training / first.flops < 3.0  # the pixels need no gradient
