@@ -157,7 +157,7 @@ class Scoring:
         What the end of that step may still change is which rows `step` asks for: fewer after an automatic warm-up, none where a selector
         has judged so. `choose` follows that; a row that was scored and is not asked for has a last score that is new.
         """
-        if not self.config.ahead or batch is None or self.late(step) or not self.needs(step):
+        if not self.config.ahead or batch is None or self.late(step) or self.needs(step) != {"cosine"}:
             return choice
         with self.engine.beside():
             embedded, _ = self._score(batch, *self._rows_at(step))
