@@ -133,19 +133,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_the_other_way_round(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "share"), [(SKIPS, 0.4), (PRUNES, 0.2)])
+@pytest.mark.parametrize(
+    ("rule", "share", "zero"), [(SKIPS, 0.4, "null"), (PRUNES, 0.2, "null"), (PRUNES, 0.2, "{stage: 3, persist_below: 100}")]
+)
 def test_a_run_that_skips_is_the_same_on_two_ranks_and_goes_on_with_one(
-    launcher: Launcher, icons_small: Path, tmp_path: Path, rule: tuple[str, ...], share: float
+    launcher: Launcher, icons_small: Path, tmp_path: Path, rule: tuple[str, ...], share: float, zero: str
 ) -> None:
+    pieces = [f"engine.zero={zero}"] + ["engine.micro_batch=9"] * (zero != "null")
     launcher.run(arguments(icons_small, tmp_path / "one", *rule))
-    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "two", *rule), free_port()):
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "two", *rule, *pieces), free_port()):
         child.finish()
     assert skipped(tmp_path / "one") > share
     for source, name in (("two", "two then one"), ("one", "one then two")):
         shutil.copytree(tmp_path / source, tmp_path / name)
         shutil.rmtree(last_checkpoint(tmp_path / name))
     launcher.run(arguments(icons_small, tmp_path / "two then one", *rule))
-    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "one then two", *rule), free_port()):
+    for child in launcher.ranks(2, arguments(icons_small, tmp_path / "one then two", *rule, *pieces), free_port()):
         child.finish()
     for name in ("two", "two then one", "one then two"):
         assert_same_choices(tmp_path / "one", tmp_path / name)
