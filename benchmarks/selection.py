@@ -26,7 +26,7 @@ from pydantic import Field
 
 from benchmarks.common import machine, save
 from benchmarks.selection_tables import plots, text
-from pipeline.config import ConfigError, Strict, digest, dump, load
+from pipeline.config import ConfigError, Strict, digest, dump, load, read_yaml
 from pipeline.data.errors import DataError
 
 PRELOADED = ["pipeline.__main__", "pipeline.run", "pipeline.evaluation.evaluate", "pipeline.objectives.clip", "accelerate.checkpointing"]
@@ -68,11 +68,11 @@ class Cell(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of the configuration's text and the overrides; of a matched cell without the visits that measured seconds gave it."""
+        """Of what the configuration says and the overrides; of a matched cell without the visits that measured seconds gave it."""
         path, overrides = Path(self.config), list(self.overrides)
         if self.selector.endswith(MATCHED):
             overrides.pop(max(place for place, one in enumerate(overrides) if one.startswith("visits=")))
-        return digest([path.read_text(encoding="utf-8") if path.is_file() else self.config, overrides])
+        return digest([read_yaml(path.read_text(encoding="utf-8"), self.config) if path.is_file() else self.config, overrides])
 
 
 def cells(grid: Grid) -> list[Cell]:

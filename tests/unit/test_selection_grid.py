@@ -54,10 +54,12 @@ def test_a_finished_cell_is_kept_and_one_with_other_settings_is_not(tmp_path: Pa
     assert finished(cell._replace(overrides=[*cell.overrides, "visits=3"])) is None
 
 
-def test_another_text_of_the_configuration_is_another_setting(tmp_path: Path) -> None:
+def test_a_configuration_that_says_something_else_is_another_setting(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("seed: 0\n", encoding="utf-8")
     cell = cells(parse(Grid, GRID | {"config": str(tmp_path / "c.yaml")}, "here"))[0]
     before = cell.digest
+    (tmp_path / "c.yaml").write_text("# which one does not matter\nseed:   0\n", encoding="utf-8")
+    assert cell.digest == before
     (tmp_path / "c.yaml").write_text("seed: 1\n", encoding="utf-8")
     assert cell.digest != before
 
