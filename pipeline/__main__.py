@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}. Make room, then start the same command again; it goes on from the newest checkpoint", file=sys.stderr)
     except Exception as error:
-        if type(error).__name__ not in ("CheckpointError", "NotFinite"):
+        if not {"CheckpointError", "NotFinite"} & {kind.__name__ for kind in type(error).__mro__}:  # their modules import torch
             raise
         print(f"error: {error}", file=sys.stderr)
     return 2

@@ -21,7 +21,9 @@ class Config(SelectorConfig):
     )
     change: float = Field(0.3, ge=0, description="weight of the differential, in its group's standard deviations, beside log P(clean)")
     classes: Literal["auto", "two"] = Field(
-        "auto", description="auto: random rows where the scores at the end of warm-up show one class of pairs; two: the user knows of noise"
+        "auto",
+        description="auto: random rows where the scores at the end of warm-up show one class of pairs, which it sees by cosines, hardly by "
+        "confidence; two: the user knows of noise",
     )
 
     @property
@@ -85,7 +87,8 @@ class Blend(Selector):
     Cartography (arXiv 2009.10795). The cosine says how near a caption is, this how much nearer than the others. A wrong caption that many
     pairs share is learnt first, as the centre of its images, and its pairs' cosines are the highest of all; but m of them in a
     group share one probability, about 1 / m each. It tells noisy pairs better than the cosine wherever there are many, and hard clean
-    ones are lost with them: where few are noisy that costs more (docs/evidence.md). It takes the product of the group's rows, and a
+    ones are lost with them: where few are noisy that costs more (docs/evidence.md). Clean pairs alone have no tail to the left then,
+    their confidence being still low at the end of a warm-up, so `classes: auto` takes them for two classes. It takes the product of the group's rows, and a
     probability among others cannot be remembered from another visit: neither scoring.every nor training's own scores stand in.
 
     State and costs are DISSect's: a score and a counter for each pair, and a sort of the group. A pair without history is judged by the

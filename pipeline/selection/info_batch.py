@@ -51,8 +51,9 @@ class InfoBatch(Selector):
     look is `lookahead` steps old; and the batch is filled up, so a visit is shorter and the same number of steps holds more visits (give
     fewer `visits` for the paper's saving). A contrastive loss has the batch for negatives, and its easy half is thinned out there too.
 
-    Nothing is passed over at a visit that is entered in warm-up or after `until`; one entered before `until` ends as it began. Lanes enter
-    their next visit in warm-up's last step, so that one is whole too; with no warm-up the second visit is the first that is not, as in the paper.
+    Nothing is passed over at a visit that is entered in warm-up or after `until`; one entered before `until` ends as it began. A lane
+    whose visits do not end with a batch enters its next one in warm-up's last step, so that one is whole too; with no warm-up the second
+    visit is the first that is not, as in the paper.
     """
 
     def trains_all(self, step: int) -> bool:

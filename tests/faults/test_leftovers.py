@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.__main__ import main
 from pipeline.data.errors import DataError, StorageError
 from pipeline.distributed import checkpoint, claim, remote
 from pipeline.distributed.claim import Claim
@@ -159,3 +160,19 @@ def test_what_waiting_does_not_mend_is_said_at_once(url: str, tmp_path: Path) ->
     assert not isinstance(found.value, StorageError)  # exit code 75 would have it started again
     Store(url).remove(["checkpoints/step-00000010/../../escaped"])
     assert uploads.commit(folder) == listed
+
+
+def test_a_store_that_refuses_for_good_ends_a_run_with_the_code_that_nobody_starts_again(
+    url: str, icons_small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    put = Store.put
+
+    def refuse(store: Store, name: str, *rest: object, **more: object) -> None:
+        if "step-" in name:
+            raise DataError(f"{name}: permission was taken away")
+        put(store, name, *rest, **more)
+
+    monkeypatch.setattr(Store, "put", refuse)
+    where = [f"out={url}", f"data.sources.0.url={icons_small}", "data.workers=0", "steps=4", "visits=", "checkpoint.every=2"]
+    assert main(["train", "configs/pretrain/debug.yaml", *where]) == 2
+    assert "permission was taken away" in capsys.readouterr().err
