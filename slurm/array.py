@@ -18,15 +18,22 @@ def parameters(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
     return cluster.slurm(folder.parent.name, folder) | {"setup": setup, "teardown": None}
 
 
+def one_rank(cluster: ClusterConfig) -> ClusterConfig:
+    """Of what a cluster file asks for a node of training, the share of one of its ranks."""
+    ranks = cluster.tasks_per_node
+    share = {"gpus_per_node": -(-cluster.gpus_per_node // ranks), "mem_gb": cluster.mem_gb and cluster.mem_gb / ranks}
+    return cluster.model_copy(update={"nodes": 1, "tasks_per_node": 1} | share)
+
+
 def run_array(function: Callable[[Any], Any], items: Sequence[Any], folder: Path, cluster: str, executor: str = "slurm") -> Iterator[Any]:
-    """Yields `function(item)` of each item as its job ends. Waits; one task a job, whatever the cluster file asks for training.
+    """Yields `function(item)` of each item as its job ends. Waits; one task a job, with a rank's share of what the cluster file asks for training.
 
     `function` is pickled, so it lives in a module that the nodes can import: the checkout has to be on a file system they share.
     `executor` local runs the jobs on this machine. Raises ConfigError where a job failed, after all others have ended.
     """
     import submitit
 
-    asked = load(ClusterConfig, cluster, ["nodes=1", "tasks_per_node=1"])
+    asked = one_rank(load(ClusterConfig, cluster))
     if executor == "slurm":
         engine = submitit.SlurmExecutor(folder)
         engine.update_parameters(**parameters(asked, folder))

@@ -245,14 +245,16 @@ def forecast(config: RunConfig, model: Model, cluster: ClusterConfig, batch: int
         return
     (warm, rows), (later, kept) = (step_cost(config, model, batch, keep, warmup) for warmup in (True, False))
     rate = cluster.world * cluster.peak_tflops * 1e12 * UTILISATION
-    seconds = (later * batch * model.flops + kept * model.training) / rate
-    first = (warm * batch * model.flops + rows * model.training) / rate
+    # engine.micro_batch embeds every row a second time
+    each = [model.training + model.flops * ((config.engine.micro_batch or math.inf) < many / cluster.world) for many in (rows, kept)]
+    seconds = (later * batch * model.flops + kept * each[1]) / rate
+    first = (warm * batch * model.flops + rows * each[0]) / rate
     total = steps[0] * first + (steps[1] - steps[0]) * seconds
     yield f"speed        {batch / seconds:,.0f} candidates/s, {kept / seconds:,.0f} trained/s, {seconds * 1000:.0f} ms a step" + (
         f" ({first * 1000:.0f} ms in warm-up); {total / 3600:.1f} h in all" if steps[0] else f"; {total / 3600:.1f} h in all"
     )
     yield f"  assuming   {cluster.peak_tflops:g} TFLOP/s a device at {UTILISATION:.0%}; {later:.2f} forwards to score a candidate"
-    yield f"             ({f'{warm:.2f} in warm-up, ' if steps[0] else ''}by scoring.* in FLOP, its precision aside), {model.training / model.flops:.2f} to train a row"
+    yield f"             ({f'{warm:.2f} in warm-up, ' if steps[0] else ''}by scoring.* in FLOP, its precision aside), {each[1] / model.flops:.2f} to train a row"
     if config.selector.scope == "global":
         yield "             (the rows that selector.scope global pads the ranks' shares with are not counted: 4 % on 8 ranks of 1,280, 16 % on 64 of 160)"
     yield "             (no frozen teacher); gathering and gradients hidden behind it; loaders that keep up with"

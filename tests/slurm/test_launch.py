@@ -11,7 +11,7 @@ from pipeline.config import ConfigError, load
 from pipeline.data.lanes import RankLanes
 from pipeline.run import RunConfig
 from slurm import plan
-from slurm.array import parameters
+from slurm.array import one_rank, parameters
 from slurm.cluster import ClusterConfig
 from slurm.job import PORTS, free_port
 from slurm.launch import main, points
@@ -34,10 +34,10 @@ def test_every_cluster_file_gives_parameters_that_submitit_knows(path: Path, tmp
         assert word in script
 
 
-def test_an_array_asks_for_all_that_the_cluster_file_asks_for(tmp_path: Path) -> None:
+def test_an_array_asks_for_a_ranks_share_of_all_that_the_cluster_file_asks_for(tmp_path: Path) -> None:
     from submitit.slurm.slurm import _make_sbatch_string
 
-    asked = load(ClusterConfig, H100, ["mem_gb=4", "extra={nice: 10}", "exclude=n1", "gpus_per_node=1"])
+    asked = one_rank(load(ClusterConfig, H100, ["mem_gb=32", "extra={nice: 10}", "exclude=n1", "gpus_per_node=8", "tasks_per_node=8"]))
     script = _make_sbatch_string(command="true", folder=tmp_path, **parameters(asked, tmp_path / "grid" / "submissions"))
     for word in ("--mem=4096M", "--nice=10", "--exclude=n1", "--gpus-per-node=1", "--job-name=grid"):
         assert word in script
@@ -168,6 +168,16 @@ def test_a_selector_that_trains_all_is_planned_so_whatever_its_rate(capsys: pyte
 def test_the_forecast_counts_the_scoring_passes_own_view() -> None:
     plain, small = (plan.measure(load(RunConfig, BIG, given)) for given in ([], ["scoring.image_size=112", "scoring.patches=0.5"]))
     assert plain.scoring == plain.flops == small.flops and 0.1 < small.scoring / small.flops < 0.4
+
+
+def test_the_forecast_counts_the_rows_that_a_smaller_piece_embeds_twice() -> None:
+    def row(pieces: int) -> str:
+        config, cluster = load(RunConfig, BIG, [f"engine.micro_batch={pieces}"]), load(ClusterConfig, H100)
+        said = "\n".join(plan.forecast(config, plan.Model(1, 100.0, 40.0, 300.0), cluster, 10240, 5120, (0, 10)))
+        return said.split(" to train a row")[0].split(" ")[-1]
+
+    each = 5120 // load(ClusterConfig, H100).world
+    assert (row(each), row(each - 1)) == ("3.00", "4.00")
 
 
 def test_a_tower_of_timm_is_counted() -> None:
