@@ -14,13 +14,24 @@ from tests.slurm.conftest import Launch, Say, reached, settled, train
 
 pytestmark = pytest.mark.slurm
 LONG = ["visits=200", "data.workers=1", "checkpoint.every=20"]  # 625 steps, about 40 s
+LONGER = ["visits=800", "data.workers=1", "checkpoint.every=100000"]  # 2,500, so that no machine ends them before Slurm has looked around
 
 
 @pytest.fixture(scope="module")
 def whole(launcher: Launcher, icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run without Slurm and without a fault."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    for child in launcher.ranks(2, train(out, icons_small, *LONG), free_port()):
+    return undisturbed(launcher, icons_small, tmp_path_factory.mktemp("whole") / "run", LONG)
+
+
+@pytest.fixture(scope="module")
+def whole_longer(launcher: Launcher, icons_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of LONGER."""
+    return undisturbed(launcher, icons_small, tmp_path_factory.mktemp("whole_longer") / "run", LONGER)
+
+
+def undisturbed(launcher: Launcher, data: Path, out: Path, overrides: list[str]) -> Path:
+    """Trains two ranks to the end; the run's folder."""
+    for child in launcher.ranks(2, train(out, data, *overrides), free_port()):
         child.finish()
     return out
 
@@ -81,13 +92,9 @@ def test_a_crashed_node_is_left_for_others(cluster: Cluster, launch: Launch, who
 
 
 def test_ranks_that_outlive_their_nodes_save_and_make_room(
-    cluster: Cluster, launch: Launch, launcher: Launcher, icons_small: Path, tmp_path: Path, say: Say
+    cluster: Cluster, launch: Launch, whole_longer: Path, tmp_path: Path, say: Say
 ) -> None:
-    longer = ["visits=500", "data.workers=1", "checkpoint.every=100000"]
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    for child in launcher.ranks(2, train(whole, icons_small, *longer), free_port()):
-        child.finish()
-    job = launch(*longer)
+    folder, job = tmp_path / "run", launch(*LONGER)
     wait_for(lambda: reached(folder, 20), "step 20")
     began = time.monotonic()
     for node in cluster.nodes[:2]:
@@ -101,7 +108,7 @@ def test_ranks_that_outlive_their_nodes_save_and_make_room(
         step = committed_step(folder)
         said = again(folder, job, step + 1, began)
         assert settled(cluster, job) == "COMPLETED"
-        assert_same_end(whole, folder)
+        assert_same_end(whole_longer, folder)
         say(f"both slurmd killed, ranks live: second start after {taken:.0f} s, the first saved step {step} and left, {said}")
     finally:
         for node in cluster.nodes[:2]:
@@ -110,18 +117,18 @@ def test_ranks_that_outlive_their_nodes_save_and_make_room(
         wait_for(lambda: cluster.idle() == len(cluster.nodes), "the nodes", every=0.2)
 
 
-def test_the_time_limit_is_a_pause(cluster: Cluster, launch: Launch, whole: Path, tmp_path: Path, say: Say) -> None:
+def test_the_time_limit_is_a_pause(cluster: Cluster, launch: Launch, whole_longer: Path, tmp_path: Path, say: Say) -> None:
     # Slurm looks at limits twice a minute: one is set so that at its next look there are 60 to 150 seconds left
-    folder, job = tmp_path / "run", launch(*LONG, "checkpoint.every=100000", "--resource", "signal_delay=150")
+    folder, job = tmp_path / "run", launch(*LONGER, "--resource", "signal_delay=150")
     wait_for(lambda: reached(folder, 20), "step 20")
     cluster.ask("scontrol", "update", f"job={job}", f"TimeLimit={math.ceil((time.time() - notes(folder)[0]['time'] + 90) / 60)}")
-    wait_for(lambda: notes(folder)[-1]["event"] == "saved", "the pause", every=0.1)
+    wait_for(lambda: [e for e in notes(folder) if e["event"] in ("saved", "end")], "the pause", every=0.1)
     cluster.ask("scontrol", "update", f"job={job}", "TimeLimit=60")
     assert settled(cluster, job) == "COMPLETED"
     events = notes(folder)
     saves, starts = ([event["step"] for event in events if event["event"] == name] for name in ("saved", "start"))
     assert saves and starts == [0, *saves] and cluster.restarts(job) == len(saves)
-    assert_same_end(whole, folder)
+    assert_same_end(whole_longer, folder)
     say(f"time limit: stopped and resumed at steps {saves}")
 
 
