@@ -178,7 +178,8 @@ class Scoring:
         finished warm-up to where the last has finished the visit after it. Empty where there is no need."""
         visits, plan = selector.config.warmup_visits, self.lanes.layout
         scored = selector.needs(0) or visits == "auto" or (self.config.reuse and selector.trains_all(0))
-        if self.config.every == 1 or scored or not selector.warmup_steps:
+        asked = self.config.every > 1 and selector.warmup_steps and selector.needs(selector.warmup_steps)
+        if scored or not asked:
             return range(0)
         return range(int((plan.size * visits // plan.per_lane).min()), plan.steps_for(visits + 1))
 

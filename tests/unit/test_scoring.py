@@ -177,6 +177,8 @@ def test_a_warm_up_that_scores_nothing_is_followed_by_a_visit_that_scores_all(st
             assert kept.sum() == 16 and scores[kept].min() >= scores[~kept].max()
     reused = start("scoring.every=2", "scoring.reuse=true", "selector={name: clip_score, rate: 0.5, warmup_visits: 2}", out="reused")
     assert not reused.scoring.first_scores, "training forwards were scores already"
+    idle = start("scoring.every=2", "selector={name: random, rate: 0.5, warmup_visits: 2}", out="idle")
+    assert not idle.scoring.first_scores, "it asks for no scores"
 
 
 def test_training_forwards_can_replace_the_warm_ups_scoring_pass(start) -> None:
