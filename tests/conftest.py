@@ -2,17 +2,19 @@
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.runs import Launcher, arguments, command_line
+from tests.runs import Launcher, arguments, command_line, put_back
 
 if TYPE_CHECKING:
     from moto.server import ThreadedMotoServer
+
+    from pipeline.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +66,21 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("logs"))
     yield launcher
     launcher.close()
+
+
+@pytest.fixture
+def start(icons_small: Path, tmp_path: Path) -> Iterator[Callable[..., "Trainer"]]:
+    """Builds the trainer of the debug config with overrides, in this process."""
+    from pipeline.config import load
+    from pipeline.run import RunConfig, build
+
+    def make(*overrides: str, out: str = "run") -> "Trainer":
+        _, config, *given = arguments(icons_small, tmp_path / out, "data.workers=0", *overrides)
+        trainer, trainer.lock = build(load(RunConfig, config, given))
+        return trainer
+
+    with put_back():
+        yield make
 
 
 @pytest.fixture(scope="session")

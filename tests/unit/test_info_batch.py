@@ -1,6 +1,7 @@
 """InfoBatch: who is passed over, what stands for them, that the losses of training decide, and that a resume and more ranks change nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from pipeline.evaluation.curate import judge
 from pipeline.hashing import hash_ids
 from pipeline.record.runs import load_run
 from pipeline.record.tables import facts
-from pipeline.run import RunConfig, build
+from pipeline.run import RunConfig
 from pipeline.selection import info_batch
 from pipeline.selection.groups import GroupSelector
 from pipeline.trainer import Trainer
 from pipeline.types import Batch
-from tests.runs import DEBUG, PRUNES, arguments, assert_same_end, put_back, skipped
+from tests.runs import DEBUG, PRUNES, assert_same_end, skipped
 
 CPU = torch.device("cpu")
 
@@ -125,16 +126,9 @@ def test_the_losses_are_those_of_valid_rows_and_the_weights_go_to_every_objectiv
 
 
 @pytest.fixture
-def start(icons_small: Path, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    """Builds the trainer of the debug config with info_batch and overrides, in this process."""
-
-    def make(*overrides: str, out: str = "run") -> Trainer:
-        _, config, *rest = arguments(icons_small, tmp_path / out, "data.workers=0", *PRUNES, *overrides)
-        trainer, trainer.lock = build(load(RunConfig, config, rest))
-        return trainer
-
-    with put_back():
-        yield make
+def start(start: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    """With info_batch."""
+    return partial(start, *PRUNES)
 
 
 @pytest.mark.parametrize("objective", ["clip", "siglip"])

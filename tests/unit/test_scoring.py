@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +16,13 @@ from pipeline.config import ConfigError, dump, load, parse
 from pipeline.data.lanes import RankLanes, SourceShape, layout
 from pipeline.data.sources import Sources
 from pipeline.evaluation.curate import judge
-from pipeline.run import RunConfig, build
+from pipeline.run import RunConfig
 from pipeline.selection.scoring import Scoring, ScoringConfig
 from pipeline.trainer import Trainer
-from tests.runs import DEBUG, arguments, assert_same_end, columns, last_checkpoint, losses, put_back, selection_log
+from tests.runs import DEBUG, assert_same_end, columns, last_checkpoint, losses, selection_log
 
 VIT = """towers.student={name: open_clip, tokenizer: {kind: bpe, vocab_size: 300}, model: {embed_dim: 16,
     vision_cfg: {image_size: 32, patch_size: 8, width: 32, layers: 1, head_width: 16}, text_cfg: {context_length: 8, width: 16, heads: 2, layers: 1}}}"""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """What a run sets for its whole process is put back."""
-    with put_back():
-        yield
-
-
-@pytest.fixture
-def start(icons_small: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds the trainer of the debug config with overrides, in this process."""
-
-    def make(*overrides: str, out: str = "run") -> Trainer:
-        _, config, *given = arguments(icons_small, tmp_path / out, "data.workers=0", *overrides)
-        trainer, trainer.lock = build(load(RunConfig, config, given))
-        return trainer
-
-    return make
 
 
 def trainer_config(trainer: Trainer) -> RunConfig:

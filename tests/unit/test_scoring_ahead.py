@@ -1,6 +1,6 @@
 """scoring.ahead: a batch is scored at the step before its own, beside training on a GPU, and nothing but that is different."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,34 +9,14 @@ import pytest
 import torch
 
 from pipeline import kernels
-from pipeline.config import ConfigError, load
-from pipeline.run import RunConfig, build
+from pipeline.config import ConfigError
 from pipeline.selection.scoring import Choice, Scoring
 from pipeline.trainer import Trainer
 from pipeline.types import Selection
-from tests.runs import SKIPS, arguments, assert_same_end, columns, losses, put_back, selection_log
+from tests.runs import SKIPS, assert_same_end, columns, losses, selection_log
 
 AHEAD = "scoring.ahead=true"
 CLIP_SCORE = "selector={name: clip_score, rate: 0.5, warmup_visits: %s}"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """What a run sets for its whole process is put back."""
-    with put_back():
-        yield
-
-
-@pytest.fixture
-def start(icons_small: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds the trainer of the debug config with overrides, in this process."""
-
-    def make(*overrides: str, out: str = "run") -> Trainer:
-        _, config, *given = arguments(icons_small, tmp_path / out, "data.workers=0", *overrides)
-        trainer, trainer.lock = build(load(RunConfig, config, given))
-        return trainer
-
-    return make
 
 
 def log_of(trainer: Trainer) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.__main__ import main
 from pipeline.config import load, read_yaml
 from pipeline.distributed import checkpoint
 from pipeline.distributed.optimizer import OptimizerConfig
-from pipeline.run import RunConfig, TrainedRun, build
+from pipeline.run import RunConfig, TrainedRun
 from pipeline.trainer import Trainer
 from tests.runs import arguments, assert_same_end, columns, commit_again, last_checkpoint, losses, put_back, selection_log
 
@@ -34,18 +34,6 @@ def fresh() -> Iterator[None]:
     """What a run sets for its whole process is put back."""
     with put_back():
         yield
-
-
-@pytest.fixture
-def start(icons_small: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds the trainer of the debug config with overrides, in this process."""
-
-    def make(*overrides: str, out: str = "run") -> Trainer:
-        _, config, *given = arguments(icons_small, tmp_path / out, *overrides)
-        trainer, trainer.lock = build(load(RunConfig, config, given))
-        return trainer
-
-    return make
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
